@@ -1,0 +1,58 @@
+"""Image captioning with visual attention, in the line of *Show, Attend and Tell* (Xu et al., 2015).
+
+The public names are loaded when they are first used (PEP 562): `import captioner` does not import torch, so that
+scoring captions and asking for help need not wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from captioner.annotation_files import COCOCaptions, Flickr8k
+    from captioner.datamodule import CaptionData
+    from captioner.errors import InputError
+    from captioner.images import Preprocessing
+    from captioner.metrics import score_captions
+    from captioner.model import Caption, Captioner
+    from captioner.overlay import draw_overlay
+    from captioner.task import CaptioningTask
+
+    __version__: str
+
+__all__ = [
+    "COCOCaptions",
+    "Caption",
+    "CaptionData",
+    "Captioner",
+    "CaptioningTask",
+    "Flickr8k",
+    "InputError",
+    "Preprocessing",
+    "draw_overlay",
+    "score_captions",
+]
+
+_MODULES = {
+    "COCOCaptions": "annotation_files",
+    "Caption": "model",
+    "CaptionData": "datamodule",
+    "Captioner": "model",
+    "CaptioningTask": "task",
+    "Flickr8k": "annotation_files",
+    "InputError": "errors",
+    "Preprocessing": "images",
+    "draw_overlay": "overlay",
+    "score_captions": "metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("captioner")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'captioner' has no attribute {name!r}")
+    return getattr(import_module(f"captioner.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
