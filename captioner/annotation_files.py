@@ -1,0 +1,219 @@
+"""Caption files as they are published, read into one record per image. One class per format."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+from captioner.errors import InputError
+
+
+class CaptionedImage(NamedTuple):
+    """An image with all its captions.
+
+    Attributes
+    ----------
+    image_id : str or int
+        As the dataset names it; references and captions are matched by it.
+    path : Path
+        The image file, which exists.
+    captions : tuple of str
+        The raw captions as published, line breaks and all.
+    """
+
+    image_id: str | int
+    path: Path
+    captions: tuple[str, ...]
+
+
+class CaptionFiles(ABC):
+    """A dataset on disk: what every format's class offers.
+
+    Attributes
+    ----------
+    splits : tuple of str
+        The names that `read` takes.
+    """
+
+    splits: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, split: str) -> list[CaptionedImage]:
+        """Return the images of a split, in the order of its files.
+
+        Raises
+        ------
+        InputError
+            If the split is unknown, or a file or an image is missing or damaged.
+        """
+
+
+class Flickr8k(CaptionFiles):
+    """Flickr8k (Hodosh, Young and Hockenmaier, 2013): five captions for each of 8,000 photographs.
+
+    Parameters
+    ----------
+    root
+        The folder with ``Flickr8k.token.txt``, the lists ``Flickr_8k.{train,dev,test}Images.txt``, and the photographs
+        in ``Images/`` or ``Flicker8k_Dataset/`` (the spelling of the published archive).
+
+    Notes
+    -----
+    An image's id is its file name. A list is needed only when its split is read.
+    """
+
+    splits = ("train", "dev", "test")
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def read(self, split: str) -> list[CaptionedImage]:
+        """Return the images of a split, see `CaptionFiles.read`."""
+        _check_split("Flickr8k", split, self.splits)
+        _check_folder(self.root)
+        list_file = self.root / f"Flickr_8k.{split}Images.txt"
+        # Without repetitions: every image counts once.
+        names = list(dict.fromkeys(line.strip() for line in _read_lines(list_file) if line.strip()))
+        if not names:
+            raise InputError(f"{list_file} names no image: take the list of the published dataset.")
+        captions = self._captions()
+        uncaptioned = [name for name in names if name not in captions]
+        if uncaptioned:
+            raise InputError(
+                f"{list_file} names {len(uncaptioned)} images that have no caption in Flickr8k.token.txt, the first is "
+                f"{uncaptioned[0]}: take both files from the same release."
+            )
+        published = self.root / "Flicker8k_Dataset"
+        folder = published if published.is_dir() else self.root / "Images"
+        return _on_disk([CaptionedImage(name, folder / name, tuple(captions[name])) for name in names])
+
+    def _captions(self) -> dict[str, list[str]]:
+        path = self.root / "Flickr8k.token.txt"
+        captions: dict[str, list[str]] = {}
+        for number, line in enumerate(_read_lines(path), 1):
+            if not line.strip():
+                continue
+            key, tab, caption = line.partition("\t")
+            name, mark, _ = key.rpartition("#")
+            if not tab or not mark:
+                raise InputError(f"{path}, line {number} is not 'name.jpg#number', a tab and a caption: mend the line.")
+            captions.setdefault(name, []).append(caption)
+        return captions
+
+
+class COCOCaptions(CaptionFiles):
+    """Captions in COCO's JSON (Chen et al., 2015), read with pycocotools.
+
+    Parameters
+    ----------
+    root
+        The folder that `captions` and `images` are relative to.
+    captions
+        The annotation file of a split, where ``{split}`` stands for its name.
+    images
+        The folder with a split's images, likewise.
+    splits
+        The splits there are.
+
+    Notes
+    -----
+    Ids are COCO's integers. An image in the file without any caption is left out.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        captions: str = "annotations/captions_{split}2017.json",
+        images: str = "{split}2017",
+        splits: tuple[str, ...] = ("train", "val"),
+    ) -> None:
+        self.root = Path(root)
+        self.captions = captions
+        self.images = images
+        self.splits = tuple(splits)
+
+    def read(self, split: str) -> list[CaptionedImage]:
+        """Return the images of a split, see `CaptionFiles.read`."""
+        from pycocotools.coco import COCO
+
+        _check_split("This dataset", split, self.splits)
+        _check_folder(self.root)
+        path = self.root / self.captions.replace("{split}", split)
+        folder = self.root / self.images.replace("{split}", split)
+        # Read here and not by pycocotools, which would decode the file by the computer's language settings.
+        try:
+            dataset = json.loads(_read_text(path))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: download it again."
+            ) from None
+        coco = COCO()
+        try:
+            coco.dataset = {key: dataset[key] for key in ("images", "annotations")}
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco.createIndex()
+            unreadable = [key for key, annotation in coco.anns.items() if not isinstance(annotation["caption"], str)]
+            records = [
+                CaptionedImage(
+                    image_id,
+                    folder / image["file_name"],
+                    tuple(annotation["caption"] for annotation in coco.imgToAnns[image_id]),
+                )
+                for image_id, image in coco.imgs.items()
+                if coco.imgToAnns[image_id]
+            ]
+        except KeyError as error:
+            raise InputError(
+                f"{path} lacks the key {error} where one is needed: give a caption file in COCO's format."
+            ) from None
+        except (TypeError, AttributeError):
+            raise InputError(f"{path} is JSON but not COCO's: give 'images' and 'annotations' as lists.") from None
+        if unreadable:
+            raise InputError(f"{path}, annotation {unreadable[0]} has a caption that is not text: mend or remove it.")
+        if not records:
+            raise InputError(f"{path} has no image with a caption: give a caption file in COCO's format.")
+        return _on_disk(records)
+
+
+def _check_split(dataset: str, split: str, splits: tuple[str, ...]) -> None:
+    if split not in splits:
+        raise InputError(f"{dataset} has no split '{split}'; choose from {', '.join(splits)}.")
+
+
+def _check_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise InputError(f"The folder {root} does not exist: give the folder that holds the dataset.")
+
+
+def _read_lines(path: Path) -> list[str]:
+    # Not splitlines, which would cut a caption at U+2028 and the like.
+    return _read_text(path).replace("\r\n", "\n").split("\n")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        # Bytes first: text mode would turn a carriage return inside a caption into a line break.
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: put the dataset's file there.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text at byte {error.start}: convert it to UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from None
+
+
+def _on_disk(records: list[CaptionedImage]) -> list[CaptionedImage]:
+    """Return the records, or raise an `InputError` if an image of theirs is missing."""
+    # One listing of each folder: asking for 100,000 files one by one takes minutes on a network drive.
+    folders = {record.path.parent for record in records}
+    present = {folder: {file.name for file in folder.iterdir()} if folder.is_dir() else set() for folder in folders}
+    missing = [record.path for record in records if record.path.name not in present[record.path.parent]]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(records)} images are missing, the first is {missing[0]}: put the images there."
+        )
+    return records

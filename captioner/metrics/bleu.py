@@ -1,0 +1,72 @@
+"""BLEU (Papineni et al., 2002) with the choices of the COCO evaluation server (Chen et al., 2015)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from captioner.metrics.score import LONGEST, ImageId, Score, count_ngrams, pair
+
+# The server adds these so that no division is by zero. They move the last digits of a corpus score; an image's BLEU-n
+# is small but not 0 where its caption has fewer than n words or no n-gram in common.
+TINY = 1e-15
+SMALL = 1e-9
+
+
+def bleu(
+    references: Mapping[ImageId, Sequence[Sequence[str]]], hypotheses: Mapping[ImageId, Sequence[str]]
+) -> dict[str, Score]:
+    """Return BLEU-1 to BLEU-4.
+
+    BLEU-n is exp(min(0, 1 - r / c)) times the geometric mean of the clipped precisions of the 1-grams to n-grams
+    (Papineni et al., section 2.3). The counts, the length c of the hypotheses and the length r of the references are
+    summed over the images first; r takes for each image the reference closest in length, of two as close the shorter.
+
+    Parameters
+    ----------
+    references
+        For each image the tokens of its references.
+    hypotheses
+        For each image the tokens of its caption.
+
+    Returns
+    -------
+    dict
+        The scores under "BLEU-1" to "BLEU-4".
+
+    Raises
+    ------
+    InputError
+        If the ids of references and hypotheses differ, or if there are none.
+    """
+    statistics = np.array([_statistics(*one) for one in pair(references, hypotheses)])  # (B, 2 + 2 * LONGEST)
+    per_image = _from_statistics(statistics)
+    corpus = _from_statistics(statistics.sum(axis=0))
+    return {f"BLEU-{n + 1}": Score(float(corpus[n]), per_image[:, n]) for n in range(LONGEST)}
+
+
+def _statistics(references: Sequence[Sequence[str]], hypothesis: Sequence[str]) -> list[float]:
+    """Return what BLEU sums over images: both lengths, the clipped matches for each n, the n-grams for each n."""
+    length = len(hypothesis)
+    closest = min((len(reference) for reference in references), key=lambda other: (abs(other - length), other))
+    most = [Counter[tuple[str, ...]]() for _ in range(LONGEST)]
+    for reference in references:
+        for n, counts in enumerate(count_ngrams(reference)):
+            most[n] |= counts
+    counted = count_ngrams(hypothesis)
+    matches = [(counts & allowed).total() for counts, allowed in zip(counted, most, strict=True)]
+    return [length, closest, *matches, *(counts.total() for counts in counted)]
+
+
+def _from_statistics(statistics: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return BLEU-1 to BLEU-4 in the last dimension, (..., 2 + 2 * LONGEST) -> (..., LONGEST)."""
+    length, closest = statistics[..., :1], statistics[..., 1:2]
+    matches, total = statistics[..., 2 : 2 + LONGEST], statistics[..., 2 + LONGEST :]
+    precisions = np.cumprod((matches + TINY) / (total + SMALL), axis=-1)
+    ratio = (length + TINY) / (closest + SMALL)
+    brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    result: NDArray[np.float64] = brevity * precisions ** (1 / np.arange(1, LONGEST + 1))
+    return result

@@ -1,0 +1,66 @@
+"""What the metrics share: the score they give, hypotheses next to their references, and n-grams."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from captioner.errors import InputError
+
+ImageId = TypeVar("ImageId", bound=Hashable)
+References = TypeVar("References", bound=Sequence[object])
+Hypothesis = TypeVar("Hypothesis")
+
+LONGEST = 4  # words in the longest n-gram that BLEU and CIDEr-D count
+
+
+class Score(NamedTuple):
+    """A metric's value for a set of images, and for each of them.
+
+    Attributes
+    ----------
+    corpus : float
+        The published number. The mean over the images for ROUGE-L and CIDEr-D, but not for BLEU.
+    per_image : float64 array of shape (B,)
+        In the order of the hypotheses' ids.
+    """
+
+    corpus: float
+    per_image: NDArray[np.float64]
+
+
+def pair(
+    references: Mapping[ImageId, References], hypotheses: Mapping[ImageId, Hypothesis]
+) -> list[tuple[References, Hypothesis]]:
+    """Return every image's references with its hypothesis, in the order of the hypotheses.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to score, or if an image has references but no hypothesis or the reverse: a score over a
+        part of the images compares with nothing.
+    """
+    if not hypotheses and not references:
+        raise InputError("There is nothing to score: give at least one image with its caption and its references.")
+    alone = [image_id for image_id in hypotheses if not references.get(image_id)]
+    if alone:
+        raise InputError(
+            f"{len(alone)} of {len(hypotheses)} captioned images have no reference, the first is {alone[0]!r}: "
+            "give the references of every image that is scored, under the same ids."
+        )
+    missing = [image_id for image_id in references if image_id not in hypotheses]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(references)} images with references have no caption to score, the first is "
+            f"{missing[0]!r}: caption them too, or leave their references out."
+        )
+    return [(references[image_id], hypothesis) for image_id, hypothesis in hypotheses.items()]
+
+
+def count_ngrams(tokens: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
+    """Return how often each n-gram occurs, one counter for each n from 1 to 4."""
+    return [Counter(zip(*(tokens[start:] for start in range(n)), strict=False)) for n in range(1, LONGEST + 1)]

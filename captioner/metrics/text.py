@@ -1,0 +1,44 @@
+"""All metrics over captions as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from captioner.errors import InputError
+from captioner.metrics.bleu import bleu
+from captioner.metrics.cider import cider_d
+from captioner.metrics.rouge import rouge_l
+from captioner.metrics.score import ImageId, Score
+from captioner.tokens import tokenize
+
+
+def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapping[ImageId, str]) -> dict[str, Score]:
+    """Tokenise captions and return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
+
+    Parameters
+    ----------
+    references
+        For each image its reference captions, as published: rare words and all.
+    hypotheses
+        For each image its generated caption.
+
+    Returns
+    -------
+    dict
+        The scores under "BLEU-1" to "BLEU-4", "ROUGE-L" and "CIDEr-D".
+
+    Raises
+    ------
+    InputError
+        If the ids of references and hypotheses differ, if there are none, or if an image's references are one text.
+    """
+    for image_id, captions in references.items():
+        if isinstance(captions, str):  # a sequence of strings too, each of one letter
+            raise InputError(f"The references of image {image_id!r} are one text: give a list of captions.")
+    reference_tokens = {image_id: [tokenize(one) for one in captions] for image_id, captions in references.items()}
+    hypothesis_tokens = {image_id: tokenize(caption) for image_id, caption in hypotheses.items()}
+    return {
+        **bleu(reference_tokens, hypothesis_tokens),
+        "ROUGE-L": rouge_l(reference_tokens, hypothesis_tokens),
+        "CIDEr-D": cider_d(reference_tokens, hypothesis_tokens),
+    }
