@@ -1,0 +1,251 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import EfficientNet_B1_Weights, ResNet50_Weights
+from torchvision.transforms import functional
+
+from captioner.errors import InputError
+from captioner.images import SUFFIXES, Preprocessing, find_images, read_image
+
+FITS = [Preprocessing("crop", 224, 256), Preprocessing("crop", 96), Preprocessing("squash", 128)]
+SHAPES = [(300, 200), (200, 300), (97, 64), (64, 97), (641, 480), (224, 224), (50, 1000)]
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# Reading
+
+
+@pytest.mark.parametrize("image_format", SUFFIXES)
+def test_every_format_is_read_as_rgb(tmp_path, image_format):
+    path = tmp_path / f"picture{SUFFIXES[image_format][0]}"
+    Image.new("RGB", (8, 6), (200, 100, 50)).save(path, image_format)
+    image = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    assert np.allclose(image.getpixel((3, 3)), (200, 100, 50), atol=4)
+
+
+@pytest.mark.parametrize("dtype_max", [255, 65535])
+def test_deep_grey_is_scaled_not_clipped(tmp_path, dtype_max):
+    ramp = np.linspace(0, dtype_max, 256).round().reshape(16, 16)
+    Image.fromarray(ramp.astype(np.uint8 if dtype_max == 255 else np.uint16)).save(tmp_path / "ramp.png")
+    image = np.asarray(read_image(tmp_path / "ramp.png"))
+    assert np.array_equal(image, np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2))
+
+
+def test_floating_point_grey_is_stretched(tmp_path):
+    Image.fromarray(np.array([[-1.0, 0.0, 3.0]], dtype=np.float32)).save(tmp_path / "float.tif")
+    assert np.asarray(read_image(tmp_path / "float.tif"))[0, :, 0].tolist() == [0, 64, 255]
+
+
+def test_a_grey_image_of_one_value_is_read(tmp_path):
+    Image.fromarray(np.full((2, 2), 7.0, dtype=np.float32)).save(tmp_path / "flat.tif")
+    assert read_image(tmp_path / "flat.tif").getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_becomes_white(tmp_path, mode):
+    channels = len(mode)
+    pixels = np.zeros((1, 2, channels), dtype=np.uint8)
+    pixels[0, 0, -1] = 255  # opaque black beside transparent black
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    assert np.asarray(read_image(tmp_path / "half.png"))[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "palette.png", transparency=1)
+    assert np.asarray(read_image(tmp_path / "palette.png"))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+
+
+def test_cmyk_photograph(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    red, green, blue = read_image(tmp_path / "print.jpg").getpixel((8, 8))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    image.paste("red", (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the left side is the top
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = read_image(tmp_path / "turned.png")
+    assert upright.size == (10, 20)
+    assert upright.getpixel((5, 2)) == (255, 0, 0) and upright.getpixel((5, 17)) == (0, 0, 0)
+
+
+def test_a_broken_exif_block_does_not_hide_a_good_picture(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "exif.jpg", exif=b"Exif\0\0not an exif block")
+    assert read_image(tmp_path / "exif.jpg").size == (8, 8)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "animated.gif").getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", [suffixes[0] for suffixes in SUFFIXES.values()])
+def test_a_truncated_file_is_an_error(tmp_path, suffix):
+    path = tmp_path / f"half{suffix}"
+    noise(60, 40).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=rf"half\{suffix} is damaged .*replace the file"):
+        read_image(path)
+
+
+def test_what_is_no_image_is_an_error_of_one_sentence(tmp_path):
+    text = tmp_path / "text.jpg"
+    text.write_text("A dog runs.")
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.ico")
+    for path, message in [
+        (text, "is not an image"),
+        (tmp_path / "other.ico", "is not an image"),  # pillow could, the allow-list does not let it
+        (tmp_path, "cannot be opened"),
+        (tmp_path / "none.jpg", "No such file"),
+    ]:
+        with pytest.raises(InputError, match=message) as raised:
+            read_image(path)
+        assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("limit", [39, 70])  # pillow itself raises above twice its limit and only warns below
+def test_too_many_pixels_are_an_error(tmp_path, monkeypatch, limit):
+    noise(10, 10).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(InputError, match=f"large.png has more than {limit} pixels"):
+        read_image(tmp_path / "large.png")
+
+
+# Finding
+
+
+def test_folders_are_searched_and_files_taken_as_they_are(tmp_path):
+    for name in ["b.jpg", "a.PNG", "notes.txt", "deep/c.webp", ".hidden.jpg", ".cache/d.jpg", "odd.name"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    in_folder = [tmp_path / name for name in ["a.PNG", "b.jpg", "deep/c.webp"]]
+    assert find_images([tmp_path]) == in_folder
+    assert find_images([tmp_path / "odd.name", tmp_path / "b.jpg", tmp_path]) == [
+        tmp_path / "odd.name",
+        tmp_path / "b.jpg",
+        tmp_path / "a.PNG",
+        tmp_path / "deep/c.webp",
+    ]
+
+
+def test_finding_nothing_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="holds no image"):
+        find_images([tmp_path])
+    with pytest.raises(InputError, match="no file or folder .*missing"):
+        find_images([tmp_path / "missing"])
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("resize", [224, 232, 256])
+def test_crop_is_torchvisions(shape, resize):
+    image = noise(*shape)
+    expected = functional.pil_to_tensor(functional.center_crop(functional.resize(image, [resize]), [224]))
+    difference = (Preprocessing("crop", 224, resize).pixels(image).int() - expected.int()).abs()
+    # On noise, where a shift by a tenth of a pixel would differ by dozens of levels.
+    assert difference.max() <= 2 and difference.float().mean() < 0.35
+
+
+def test_from_transforms_equals_the_transforms():
+    transforms = ResNet50_Weights.IMAGENET1K_V2.transforms()
+    preprocessing = Preprocessing.from_transforms(transforms)
+    assert preprocessing == Preprocessing("crop", 224, 232)
+    image = noise(300, 200)
+    assert torch.allclose(
+        preprocessing.normalise(preprocessing.pixels(image)[None])[0], transforms(image), atol=2.01 / 255 / 0.224
+    )
+    with pytest.raises(InputError, match="bicubic"):
+        Preprocessing.from_transforms(EfficientNet_B1_Weights.IMAGENET1K_V1.transforms())
+
+
+def test_normalise_by_hand_and_never_twice():
+    preprocessing = Preprocessing(size=1, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    pixels = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    normalised = preprocessing.normalise(pixels)
+    assert normalised.dtype == torch.float32
+    assert torch.allclose(normalised.flatten(), torch.tensor([1.0, -1.0, 0.2]))
+    with pytest.raises(ValueError, match="uint8"):
+        preprocessing.normalise(normalised)
+
+
+def test_the_inverse_by_hand():
+    # 300 x 200 becomes 348 x 232 and is cropped at (62, 4): one pixel of the square is 200 / 232 of the original.
+    crop, scale = Preprocessing("crop", 224, 232), 200 / 232
+    visible = [62 * scale, 4 * scale, 286 * scale, 228 * scale]
+    assert np.allclose(crop.visible_box(300, 200), visible)
+    boxes = crop.region_boxes(300, 200, (7, 7))
+    assert boxes.shape == (49, 4)
+    assert np.allclose(boxes[0], [62 * scale, 4 * scale, 94 * scale, 36 * scale])
+    assert np.allclose(boxes[8], [94 * scale, 36 * scale, 126 * scale, 68 * scale])  # second row, second column
+    assert np.allclose(boxes[48][2:], visible[2:])
+
+    squash = Preprocessing("squash", 224)
+    assert squash.visible_box(300, 200) == (0, 0, 300, 200)
+    assert np.allclose(squash.region_boxes(300, 200, (2, 3))[4], [100, 100, 200, 200])
+
+
+def test_the_inverse_uses_the_rounded_sizes():
+    # 333 x 500 -> 224 x 336 (336.336 cut): the axes differ in scale.
+    left, top, right, bottom = Preprocessing("crop", 224).visible_box(333, 500)
+    assert (left, right) == (0, 333)
+    assert math.isclose(top, 56 * 500 / 336) and math.isclose(bottom, 280 * 500 / 336)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (641, 480), (224, 224)])
+@pytest.mark.parametrize("preprocessing", FITS)
+def test_a_painted_region_appears_in_its_cell(preprocessing, shape):
+    grid = (4, 4)
+    cell = preprocessing.size // 4
+    for region, box in enumerate(preprocessing.region_boxes(*shape, grid)):
+        image = Image.new("RGB", shape)
+        image.paste("white", tuple(int(round(edge)) for edge in box))
+        brightness = preprocessing.pixels(image)[0].double().view(4, cell, 4, cell).mean(dim=(1, 3)) / 255
+        expected = torch.zeros(16, dtype=torch.float64)
+        expected[region] = 1
+        # Edges of the painted box are whole pixels of the original: at most half a pixel off on each side.
+        assert torch.allclose(brightness.flatten(), expected, atol=0.1)
+
+
+def test_a_strip_of_one_pixel_is_no_trap():
+    assert Preprocessing("crop", 224).pixels(Image.new("RGB", (1, 60_000))).shape == (3, 224, 224)
+
+
+def test_preprocessing_survives_json():
+    preprocessing = Preprocessing("crop", 96, 100, mean=(0.1, 0.2, 0.3))
+    again = Preprocessing(**json.loads(json.dumps(dataclasses.asdict(preprocessing))))
+    assert again == preprocessing and hash(again) == hash(preprocessing)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fit": "stretch"},
+        {"size": 0},
+        {"size": 224, "resize": 200},
+        {"fit": "squash", "resize": 256},
+        {"std": (1.0, 0.0, 1.0)},
+        {"mean": (0.5,)},
+    ],
+)
+def test_numbers_that_do_not_fit_are_an_error(wrong):
+    with pytest.raises(InputError):
+        Preprocessing(**wrong)
