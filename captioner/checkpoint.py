@@ -1,0 +1,88 @@
+"""The checkpoint's format: tensors and plain JSON, read and written safely. Knows no classes.
+
+The captioner lives under one key of its own, whatever else the file holds (Lightning keeps the optimiser's state beside
+it). It is opened with ``weights_only=True``, so a file can hold data and no code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captioner.errors import InputError
+
+KEY = "captioner"
+VERSION = 1
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds: everything needed to caption.
+
+    Attributes
+    ----------
+    settings : dict
+        Plain JSON, from which the model is rebuilt; among it the preprocessing.
+    words : list of str
+        The vocabulary in the order of its ids, without the special words.
+    tensors : dict of str to Tensor
+        The model's state dict.
+    scores : dict of str to float
+        What the model reached, in COCO's units; empty where it was never scored.
+    """
+
+    settings: dict[str, Any]
+    words: list[str]
+    tensors: dict[str, Tensor]
+    scores: dict[str, float]
+
+
+def pack(contents: Contents) -> dict[str, Any]:
+    """Return the contents as the plain dict that stands under :data:`KEY`."""
+    return {"version": VERSION, **contents._asdict()}
+
+
+def unpack(checkpoint: object, source: str | Path) -> Contents:
+    """Return the contents of an opened file.
+
+    Raises
+    ------
+    InputError
+        Where the file is another program's or a later version's.
+    """
+    packed = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(packed, dict) or not {"version", *Contents._fields} <= packed.keys():
+        raise InputError(
+            f"{source} is not a checkpoint of captioner: give the file whose path 'captioner fit' prints at its end."
+        )
+    if packed["version"] != VERSION:
+        raise InputError(
+            f"{source} was written in version {packed['version']} of the checkpoint format, and this captioner reads "
+            f"version {VERSION}: install the release of captioner that wrote it."
+        )
+    return Contents(**{field: packed[field] for field in Contents._fields})
+
+
+def read(path: str | Path) -> Contents:
+    """Open a checkpoint on the CPU.
+
+    Raises
+    ------
+    InputError
+        Where there is no such file, or it is no checkpoint of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no checkpoint {path}: give the file whose path 'captioner fit' prints at its end.")
+    try:
+        # Mapped, so that the optimiser's state that may stand beside the model is never read.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(
+            f"{path} is not a checkpoint of captioner, or it is damaged ({type(error).__name__}): give the file whose "
+            "path 'captioner fit' prints at its end."
+        ) from error
+    return unpack(checkpoint, path)

@@ -1,0 +1,391 @@
+"""The captioner: encoder, bridge, embedding, decoder and output layer in one.
+
+Shapes: B images, Q captions per image, N regions, D annotation size, E embedding size, T words, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from captioner import attention, bridges, decoders, encoders
+from captioner.attention import Annotations, Memory
+from captioner.bridges import Bridge, NoBridge
+from captioner.checkpoint import Contents, read
+from captioner.decoders import Decoder, LSTMDecoder, State
+from captioner.encoders import Encoder, ForeignEncoder
+from captioner.errors import InputError
+from captioner.images import Preprocessing, read_image
+from captioner.search import Hypothesis, beam_search
+from captioner.tokens import detokenize
+from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
+
+# All that a checkpoint can name. Nothing else is ever built from a file.
+PARTS: dict[str, type] = {
+    part.__name__: part
+    for part in (
+        attention.Additive,
+        attention.Dot,
+        attention.General,
+        attention.MultiHead,
+        attention.NoAttention,
+        attention.ScaledDot,
+        attention.Uniform,
+        bridges.LinearBridge,
+        bridges.NoBridge,
+        decoders.LSTMDecoder,
+        encoders.ForeignEncoder,
+        encoders.ResNet,
+        encoders.SmallCNN,
+        encoders.VGG16,
+        Preprocessing,
+    )
+}
+
+
+def describe(part: object) -> dict[str, Any]:
+    """Return a part's settings as plain JSON, from which :func:`rebuild` makes its like.
+
+    The convention that carries this: positional parameters are what the neighbours decide (sizes, a foreign module),
+    keyword-only parameters are settings, and each is kept as an attribute of the same name.
+    """
+    if isinstance(part, Preprocessing):
+        return {"class": "Preprocessing", **asdict(part)}
+    names = [name for name, kind in inspect.signature(type(part)).parameters.items() if kind.kind == kind.KEYWORD_ONLY]
+    values = {name: getattr(part, name) for name in names}
+    settings = {
+        name: describe(value) if isinstance(value, nn.Module | Preprocessing) else value
+        for name, value in values.items()
+    }
+    return {"class": type(part).__name__, **settings}
+
+
+def rebuild(settings: Mapping[str, Any], *neighbours: object) -> Any:
+    """Build what :func:`describe` described, from the table :data:`PARTS` alone."""
+    values = {
+        name: tuple(value) if isinstance(value, list) else _nested(value)
+        for name, value in settings.items()
+        if name != "class"
+    }
+    return _part(settings["class"])(*neighbours, **values)
+
+
+def _nested(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    # A module inside a module gets its sizes from the outer one; a preprocessing has none.
+    return rebuild(value) if _part(value["class"]) is Preprocessing else partial(rebuild, value)
+
+
+def _part(name: str) -> type:
+    if name not in PARTS:
+        raise InputError(
+            f"The checkpoint names a part {name!r} that this captioner does not know: install the release that wrote "
+            "it."
+        )
+    return PARTS[name]
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
+class Caption:
+    """A caption and where its words came from.
+
+    Attributes
+    ----------
+    text : str
+        The caption, to be read.
+    words : list of str
+        Its T words.
+    log_probability : float
+        The model's natural log-probability of the words and the end after them.
+    score : float
+        What the search ranked it by: the log-probability, normalised by length.
+    attention : Tensor or None
+        (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention.
+    grid : tuple of int or None
+        (h, w) with h * w == N where the regions are a grid, row by row.
+    gates : Tensor or None
+        (T,) values of the gate beta; None from a decoder without it.
+    """
+
+    text: str
+    words: list[str]
+    log_probability: float
+    score: float
+    attention: Tensor | None
+    grid: tuple[int, int] | None
+    gates: Tensor | None
+
+
+class Captioner(nn.Module):
+    """An image captioner.
+
+    Each part receives the sizes of the part before it; the vocabulary's size is known here alone.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        An :class:`~captioner.encoders.Encoder`, or any module that :class:`~captioner.encoders.ForeignEncoder` takes.
+    vocabulary : Vocabulary
+        The words it can say.
+    bridge : callable
+        Builds the bridge from the encoder's annotation size.
+    decoder : callable
+        Builds the decoder from E and the bridge's annotation size.
+    embedding_dim : int
+        E, size of a word's embedding.
+    dropout : float
+        Share of values dropped from embeddings and from what the output layer reads.
+    tie_weights : bool
+        Use the embedding's matrix as the output layer's.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        vocabulary: Vocabulary,
+        *,
+        bridge: Callable[[int], Bridge] = NoBridge,
+        decoder: Callable[[int, int], Decoder] = LSTMDecoder,
+        embedding_dim: int = 512,
+        dropout: float = 0.0,
+        tie_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder if isinstance(encoder, Encoder) else ForeignEncoder(encoder)
+        self.vocabulary = vocabulary
+        self.embedding_dim, self.dropout, self.tie_weights = embedding_dim, dropout, tie_weights
+        self.bridge = bridge(self.encoder.annotation_dim)
+        self.embedding = nn.Embedding(len(vocabulary), embedding_dim, padding_idx=PAD)
+        self.decoder = decoder(embedding_dim, self.bridge.annotation_dim)
+        self.output = nn.Linear(embedding_dim, len(vocabulary))  # L_o of eq. 7
+        self.drop = nn.Dropout(dropout)
+        if tie_weights:
+            # Scaled for its use as the output's; an embedding of unit variance would make the first scores enormous.
+            nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
+            nn.init.zeros_(self.embedding.weight[PAD].detach())
+            self.output.weight = self.embedding.weight
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What an image goes through before the encoder."""
+        return self.encoder.preprocessing
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embedding.weight.device
+
+    def annotate(self, images: Tensor) -> Annotations:
+        """Return the encoder's annotations of images (B, 3, S, S), uint8 as :class:`Preprocessing` gives them."""
+        normalised = self.preprocessing.normalise(images)
+        # Convolutions run about twice as fast on this layout, on a CPU and on a GPU; others do not care.
+        annotations: Annotations = self.encoder(normalised.contiguous(memory_format=torch.channels_last))
+        return annotations
+
+    def memory(self, annotations: Annotations) -> Memory:
+        """Return what the decoder remembers of the images: B rows, computed once per image."""
+        return self.decoder.memory(self.bridge(annotations))
+
+    def forward(self, annotations: Annotations, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Score given captions: teacher forcing.
+
+        Parameters
+        ----------
+        annotations : Annotations
+            Of B images.
+        tokens : Tensor
+            (B, Q, T + 1) ids, from ``<bos>`` on, padded.
+
+        Returns
+        -------
+        logits : Tensor
+            (B, Q, T, V): at t the scores of token t + 1.
+        weights : Tensor or None
+            (B, Q, T, N) attention while that token was chosen.
+        gates : Tensor or None
+            (B, Q, T), the gate beta.
+        """
+        words = self.drop(self.embedding(tokens[..., :-1].flatten(0, 1)))  # (B * Q, T, E)
+        outputs, weights, gates = self.decoder(words, self.memory(annotations))
+        logits = self.output(self.drop(outputs)).unflatten(0, tokens.shape[:2])
+        return logits, weights, gates
+
+    def step(self, words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
+        """Return the log-probabilities (B * Q, V) of the words after `words` (B * Q,), and the next state."""
+        step = self.decoder.step(self.drop(self.embedding(words)), memory, state)
+        return self.output(self.drop(step.output)).log_softmax(-1, dtype=torch.float32), step.state
+
+    @torch.no_grad()
+    def search(
+        self, annotations: Annotations, *, beam_size: int = 5, max_words: int = 20, length_penalty: float = 0.7
+    ) -> list[list[Hypothesis]]:
+        """Find captions of B images; see :func:`captioner.search.beam_search`. ``<unk>`` is never said."""
+        memory = self.memory(annotations)
+        found = beam_search(
+            lambda words, state: self.step(words, memory, state),
+            self.decoder.start(memory, beam_size),
+            len(annotations.values),
+            begin=BEGIN,
+            end=END,
+            beam_size=beam_size,
+            max_words=max_words,
+            length_penalty=length_penalty,
+            banned=(PAD, UNKNOWN),
+        )
+        if not all(found):
+            raise InputError(
+                "The model's word scores are not numbers: its training diverged, so train it again at a lower learning rate."
+            )
+        return found
+
+    @torch.no_grad()
+    def caption(
+        self,
+        images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+        *,
+        beam_size: int = 5,
+        max_words: int = 20,
+        length_penalty: float = 0.7,
+        batch_size: int = 32,
+    ) -> list[Caption]:
+        """Caption images.
+
+        Parameters
+        ----------
+        images : sequence of paths or PIL images
+            Or one of them.
+        beam_size : int
+            Hypotheses per image; 1 is greedy.
+        max_words : int
+            Longest caption.
+        length_penalty : float
+            0 ranks hypotheses by log-probability, 1 by its mean per token.
+        batch_size : int
+            Images at a time.
+
+        Returns
+        -------
+        list of Caption
+            The best caption of each image, in their order.
+
+        Raises
+        ------
+        InputError
+            Where an image cannot be read.
+        """
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        training = self.training
+        self.eval()
+        try:
+            captions = []
+            for first in range(0, len(images), batch_size):
+                opened = [
+                    image if isinstance(image, Image.Image) else read_image(image)
+                    for image in images[first : first + batch_size]
+                ]
+                pixels = torch.stack([self.preprocessing.pixels(image) for image in opened])
+                annotations = self.annotate(pixels.to(self.device))
+                best = [
+                    hypotheses[0]
+                    for hypotheses in self.search(
+                        annotations, beam_size=beam_size, max_words=max_words, length_penalty=length_penalty
+                    )
+                ]
+                captions += self._explain(annotations, best)
+        finally:
+            self.train(training)
+        return captions
+
+    def _explain(self, annotations: Annotations, hypotheses: Sequence[Hypothesis]) -> list[Caption]:
+        """Read the attention of finished captions, one per image, from one teacher-forced pass."""
+        tokens = pad([[[BEGIN, *hypothesis.tokens]] for hypothesis in hypotheses]).to(self.device)
+        _, weights, gates = self(annotations, tokens)
+        captions = []
+        for index, hypothesis in enumerate(hypotheses):
+            words = self.vocabulary.decode(hypothesis.tokens)
+            captions.append(
+                Caption(
+                    detokenize(words),
+                    words,
+                    hypothesis.log_probability,
+                    hypothesis.score,
+                    None if weights is None else weights[index, 0, : len(words)].float().cpu(),
+                    annotations.grid,
+                    None if gates is None else gates[index, 0, : len(words)].float().cpu(),
+                )
+            )
+        return captions
+
+    def contents(self, scores: Mapping[str, float] | None = None) -> Contents:
+        """Return what a checkpoint holds of this model."""
+        settings = {**describe(self), "encoder": describe(self.encoder)}
+        if isinstance(self.encoder, ForeignEncoder):
+            settings["encoder"]["module"] = self.encoder.module_name
+        return Contents(settings, list(self.vocabulary.words), dict(self.state_dict()), dict(scores or {}))
+
+    @classmethod
+    def from_contents(cls, contents: Contents, *, encoder: nn.Module | None = None) -> Captioner:
+        """Rebuild a model from what a checkpoint holds; see :meth:`from_checkpoint`."""
+        settings: dict[str, Any] = {
+            name: _nested(value) for name, value in contents.settings.items() if name not in ("class", "encoder")
+        }
+        described = dict(contents.settings["encoder"])
+        name = described.pop("module", None)
+        if name is not None and encoder is None:
+            raise InputError(
+                f"This checkpoint needs an encoder of its author's, {name}, whose code is never loaded from a file: "
+                "give it as --encoder package:Class on the command line, or as encoder= in Python."
+            )
+        if name is None and encoder is not None:
+            raise InputError("This checkpoint brings its own encoder: leave out the encoder that was given beside it.")
+        model = cls(
+            rebuild(described, *([] if encoder is None else [encoder])),
+            Vocabulary(contents.words),
+            **settings,
+        )
+        try:
+            model.load_state_dict(contents.tensors)
+        except RuntimeError as error:
+            raise InputError(
+                f"The checkpoint's tensors do not fit the encoder {name}: give the class that it was trained with."
+                if name
+                else "The checkpoint's tensors do not fit its own settings: the file is damaged, so take another copy."
+            ) from error
+        return model.eval()
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, *, encoder: nn.Module | None = None, device: str | torch.device = "cpu"
+    ) -> Captioner:
+        """Open a checkpoint: all there is to know.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file, whose code-free contents are all that is read.
+        encoder : nn.Module, optional
+            The module that was plugged in as the encoder, if one was: files bring tensors, never code.
+        device : str or torch.device
+            Where the model shall live.
+
+        Returns
+        -------
+        Captioner
+            In evaluation mode.
+
+        Raises
+        ------
+        InputError
+            Where the file is missing, damaged or not ours, or the encoder is missing.
+        """
+        return cls.from_contents(read(path), encoder=encoder).to(device)

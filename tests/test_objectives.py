@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+
+from captioner.objectives import CrossEntropy, doubly_stochastic
+from captioner.vocabulary import END, PAD
+
+TARGETS = torch.tensor([[[4, END, PAD], [3, 4, END]], [[END, PAD, PAD], [PAD, PAD, PAD]]])  # (2, 2, 3)
+LOGITS = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_the_mean_over_words_and_ignores_padding(smoothing):
+    losses = []
+    for logits, target in zip(LOGITS.view(-1, 5).tolist(), TARGETS.flatten().tolist(), strict=True):
+        if target != PAD:
+            log_sum = math.log(sum(map(math.exp, logits)))
+            wanted = log_sum - logits[target]
+            losses.append((1 - smoothing) * wanted + smoothing * sum(log_sum - logit for logit in logits) / 5)
+    assert len(losses) == 6
+    loss = CrossEntropy(label_smoothing=smoothing)(LOGITS, TARGETS)
+    assert loss.cross_entropy.item() == pytest.approx(sum(losses) / 6, abs=1e-6)
+    assert loss.total.item() == loss.cross_entropy.item() and loss.attention.item() == 0
+
+
+def test_cross_entropy_on_paper():
+    logits = torch.tensor([[[[0.0, 0, 0, math.log(5)], [9.0, 0, 0, 0]]]])  # probabilities 1/8 1/8 1/8 5/8, then a pad
+    assert CrossEntropy()(logits, torch.tensor([[[3, PAD]]])).total.item() == pytest.approx(math.log(8 / 5))
+
+
+def test_logits_of_half_precision_are_scored_in_float32():
+    loss = CrossEntropy()(LOGITS.bfloat16(), TARGETS)
+    assert loss.total.dtype == torch.float32
+    assert loss.total.item() == pytest.approx(CrossEntropy()(LOGITS.bfloat16().float(), TARGETS).total.item(), abs=1e-6)
+
+
+def test_the_doubly_stochastic_term_on_paper():
+    weights = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]]]])
+    # Sums over the two words: 0.75 and 1.25; squares of what is missing: 1/16 and 1/16.
+    assert doubly_stochastic(weights, torch.tensor([[[4, END]]])).item() == pytest.approx(1 / 16)
+    # The second word is a pad: sums 0.5 and 0.5.
+    assert doubly_stochastic(weights, torch.tensor([[[END, PAD]]])).item() == pytest.approx(1 / 4)
+
+
+def test_the_doubly_stochastic_term_averages_over_captions_and_existing_regions():
+    weights = torch.zeros(2, 2, 2, 3)
+    weights[0, 0] = torch.tensor([[1.0, 0, 0], [0, 1, 0]])  # sums 1 1 0: squares 0 0 1
+    weights[0, 1] = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0]])  # second is a pad; 0.5 0.5 0: 0.25 0.25 1
+    weights[1, 0] = torch.tensor([[1.0, 0, 0], [1, 0, 0]])  # one region only; sum 2: 1
+    weights[1, 1] = 1 / 3  # padding alone
+    targets = torch.tensor([[[4, END], [END, PAD]], [[4, END], [PAD, PAD]]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert doubly_stochastic(weights, targets, mask).item() == pytest.approx((0 + 0 + 1 + 0.25 + 0.25 + 1 + 1) / 7)
+    # Without the mask the two regions that were never looked at count, at 1 each.
+    assert doubly_stochastic(weights, targets).item() == pytest.approx((3.5 + 2) / 9)
+
+
+def test_the_term_enters_with_its_weight():
+    weights = torch.rand(2, 2, 3, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    loss = CrossEntropy(doubly_stochastic=0.5)(LOGITS, TARGETS, weights, mask)
+    assert loss.attention.item() == pytest.approx(doubly_stochastic(weights, TARGETS, mask).item()) != 0
+    assert loss.total.item() == pytest.approx(loss.cross_entropy.item() + 0.5 * loss.attention.item())
+
+
+def test_padding_receives_no_gradient():
+    logits = LOGITS.clone().requires_grad_()
+    weights = torch.full((2, 2, 3, 4), 0.25, requires_grad=True)
+    CrossEntropy(label_smoothing=0.1)(logits, TARGETS, weights).total.backward()
+    for tensor in (logits, weights):
+        assert ((tensor.grad != 0).any(-1) == (TARGETS != PAD)).all()
