@@ -264,45 +264,51 @@ def _published_preprocessing(architecture: str, weights: str | None) -> Preproce
 
 
 class SmallCNN(Encoder):
-    """A small residual CNN for images of 64 to 128 pixels that learns from scratch; one region per 8 x 8 pixels.
+    """A small residual CNN for images of 64 to 128 pixels that learns from scratch.
 
     Parameters
     ----------
     size : int
-        Side of the images in pixels; a multiple of 8.
+        Side of the images in pixels.
+    region : int
+        Side of a region in pixels: a multiple of 4 that divides `size`.
     width : int
         Channels of the first stage; the annotations have four times as many.
+
+    Raises
+    ------
+    InputError
+        Where the regions do not tile the image.
     """
 
-    def __init__(self, *, size: int = 96, width: int = 32) -> None:
-        if size % 8:
+    def __init__(self, *, size: int = 96, region: int = 8, width: int = 32) -> None:
+        if region < 4 or region % 4 or size % region:
             raise InputError(
-                f"SmallCNN makes one region of 8 x 8 pixels, so its size cannot be {size}: give a multiple of 8."
+                f"SmallCNN cannot tile images of {size} pixels with regions of {region}: give a region that is a "
+                "multiple of 4 and divides the size."
             )
         super().__init__(
             4 * width,
             Preprocessing(fit="squash", size=size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
             learns=True,
         )
-        self.size, self.width = size, width
+        self.size, self.region, self.width = size, region, width
         self.body = nn.Sequential(
             _convolution(3, width, 4, stride=4),  # a patch per 4 x 4 pixels: most of the cost of a deep stem saved
             _Residual(width),
-            _convolution(width, 2 * width, 3, stride=1),
-            _Residual(2 * width),
-            _convolution(2 * width, 4 * width, 3, stride=2),
+            _convolution(width, 4 * width, region // 4, stride=region // 4),
             _Residual(4 * width),
             _Residual(4 * width),
         )
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the map (B, 4 * width, size / 8, size / 8)."""
+        """Return the map (B, 4 * width, size / region, size / region)."""
         features: Tensor = self.body(images)
         return features
 
 
-def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Sequential:
-    padding = 1 if kernel == 3 else 0
+def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    padding = kernel // 2 if stride == 1 else 0
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -313,7 +319,7 @@ def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int) 
 class _Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = _convolution(channels, channels, 3, 1)
+        self.first = _convolution(channels, channels, 3)
         self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -243,7 +243,8 @@ class Captioner(nn.Module):
         )
         if not all(found):
             raise InputError(
-                "The model's word scores are not numbers: its training diverged, so train it again at a lower learning rate."
+                "The model's word scores are not numbers, since its training diverged: train it again at a lower "
+                "learning rate."
             )
         return found
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from captioner.objectives import CrossEntropy, doubly_stochastic
+from captioner.attention import Annotations
+from captioner.objectives import CrossEntropy, WordPresence, doubly_stochastic
 from captioner.vocabulary import END, PAD
 
 TARGETS = torch.tensor([[[4, END, PAD], [3, 4, END]], [[END, PAD, PAD], [PAD, PAD, PAD]]])  # (2, 2, 3)
@@ -70,3 +71,26 @@ def test_padding_receives_no_gradient():
     CrossEntropy(label_smoothing=0.1)(logits, TARGETS, weights).total.backward()
     for tensor in (logits, weights):
         assert ((tensor.grad != 0).any(-1) == (TARGETS != PAD)).all()
+
+
+def test_word_presence_by_hand():
+    presence = WordPresence(2, 4 + 2)
+    with torch.no_grad():
+        presence.score.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        presence.score.bias.copy_(torch.tensor([0.0, -1.0]))
+    values = torch.tensor([[[1.0, 0.0], [3.0, 1.0], [9.0, 9.0]]])  # the last region does not exist
+    annotations = Annotations(values, torch.tensor([[True, True, False]]))
+    tokens = torch.tensor([[[1, 4, 2, 0], [1, 4, 3, 2]]])  # says the first word, in both captions, and not the second
+    first = math.log((math.exp(1) + math.exp(3)) / 2)
+    second = math.log((math.exp(-1) + math.exp(1)) / 2)
+    expected = math.log1p(math.exp(-first)) + math.log1p(math.exp(second))
+    assert presence(annotations, tokens).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_word_presence_teaches_the_region_that_shows_the_word_most():
+    presence = WordPresence(2, 4 + 1)
+    torch.nn.init.ones_(presence.score.weight)
+    values = torch.tensor([[[5.0, 5.0], [0.0, 0.0]]], requires_grad=True)
+    presence(Annotations(values), torch.tensor([[[1, 2]]])).backward()
+    shown, other = values.grad[0].norm(dim=1).tolist()
+    assert shown > 100 * other > 0
