@@ -1,0 +1,320 @@
+"""The task: a captioner in training, validation and test, for Lightning."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.progress import track
+from torch import Tensor, nn
+
+from captioner.annotation_cache import AnnotationCache, fingerprint
+from captioner.attention import Annotations
+from captioner.bridges import Bridge, LinearBridge
+from captioner.checkpoint import KEY, pack, unpack
+from captioner.datamodule import Batch, CaptionData
+from captioner.decoders import Decoder, LSTMDecoder
+from captioner.encoders import Encoder, ForeignEncoder
+from captioner.errors import InputError
+from captioner.metrics import score_captions
+from captioner.model import Captioner, describe
+from captioner.objectives import CrossEntropy, WordPresence
+from captioner.tokens import detokenize
+from captioner.vocabulary import Vocabulary
+
+
+class CaptioningTask(LightningModule):
+    """Trains a captioner and scores it by decoding freely against the raw references.
+
+    Validation decodes greedily, which is cheap; the test decodes with a beam. The captioner itself is built when the
+    vocabulary is known, from settings that hold no sizes.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        VGG16, ResNet, SmallCNN, or ForeignEncoder around any other module.
+    bridge : callable
+        What stands between encoder and decoder: LinearBridge or NoBridge.
+    decoder : callable
+        LSTMDecoder, with its attention among its settings.
+    embedding_dim : int
+        Size of a word's embedding.
+    dropout : float
+        Share of values dropped from embeddings and from what the output layer reads.
+    tie_weights : bool
+        Use the embedding's matrix as the output layer's.
+    objective : CrossEntropy, optional
+        What is minimised; by default CrossEntropy without label smoothing.
+    word_presence : float
+        Weight of telling the captions' words from the regions alone, for an encoder that learns; see
+        :class:`~captioner.objectives.WordPresence`.
+    learning_rate : float
+        Largest learning rate of AdamW.
+    weight_decay : float
+        Of the matrices; biases, norms and embeddings have none.
+    warmup : float
+        Share of all steps in which the learning rate rises from zero; then it falls to zero along a cosine.
+    beam_size : int
+        Of the test.
+    length_penalty : float
+        Of the test: 0 ranks by log-probability, 1 by its mean per token.
+    max_words : int
+        Longest caption in validation and test.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        bridge: Callable[[int], Bridge] = LinearBridge,
+        decoder: Callable[[int, int], Decoder] = LSTMDecoder,
+        embedding_dim: int = 512,
+        dropout: float = 0.0,
+        tie_weights: bool = False,
+        objective: CrossEntropy | None = None,
+        word_presence: float = 0.0,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        beam_size: int = 5,
+        length_penalty: float = 0.7,
+        max_words: int = 20,
+    ) -> None:
+        super().__init__()
+        # Held in a tuple until the captioner owns it: a module that is registered twice has two names in a checkpoint.
+        self._encoder = (encoder if isinstance(encoder, Encoder) else ForeignEncoder(encoder),)
+        self._settings: dict[str, Any] = {
+            "bridge": bridge,
+            "decoder": decoder,
+            "embedding_dim": embedding_dim,
+            "dropout": dropout,
+            "tie_weights": tie_weights,
+        }
+        self.objective = objective or CrossEntropy()
+        self.word_presence = word_presence
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.beam_size, self.length_penalty, self.max_words = beam_size, length_penalty, max_words
+        self.model: Captioner | None = None
+        self.presence: WordPresence | None = None
+        self.scores: dict[str, float] = {}
+        self._captions: dict[str | int, str] = {}
+
+    @property
+    def captioner(self) -> Captioner:
+        """The model, once it is built."""
+        if self.model is None:
+            raise InputError("The vocabulary is not known yet: train first, or give a checkpoint with --ckpt_path.")
+        return self.model
+
+    @property
+    def data(self) -> CaptionData:
+        """The trainer's data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, CaptionData):
+            raise InputError("CaptioningTask takes its vocabulary and references from CaptionData: give datamodule=.")
+        return data
+
+    def configure_model(self) -> None:
+        """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
+        self.data.preprocessing = self._encoder[0].preprocessing
+        if self.model is None and self.data.vocabulary is not None:
+            self._encoder[0].load_weights()
+            self._build(self.data.vocabulary)
+
+    def _build(self, vocabulary: Vocabulary) -> None:
+        self.model = Captioner(self._encoder[0], vocabulary, **self._settings)
+        if self.word_presence > 0:
+            if not self._encoder[0].learns:
+                raise InputError(
+                    "word_presence teaches the encoder, which is frozen here: set model.word_presence to 0, or the "
+                    "encoder's learns to true."
+                )
+            self.presence = WordPresence(self._encoder[0].annotation_dim, len(vocabulary))
+
+    def _fill_caches(self) -> None:
+        """Fill the caches of annotations, where they are asked for."""
+        if self.data.cache is None:
+            return
+        if self.captioner.encoder.learns:
+            raise InputError(
+                "An encoder that learns cannot be cached, since its annotations change with every step: set data.cache "
+                "to null, or the encoder's learns to false."
+            )
+        with torch.random.fork_rng(devices=()):  # the run that fills the caches is the same as those that find them
+            for first in (True, False):  # one process fills the caches; the others wait, and find them filled
+                if self.trainer.is_global_zero is first:
+                    self._open_caches(self.data.cache)
+                self.trainer.strategy.barrier()
+
+    def _open_caches(self, directory: Path) -> None:
+        encoder = self.captioner.encoder
+        settings = describe(encoder)
+        if isinstance(encoder, ForeignEncoder):
+            settings["module"] = [encoder.module_name, _source(encoder.module)]
+        for name in ("train", "val"):
+            files = [record.path for record in self.data.records[name]]
+            self.data.caches[name] = AnnotationCache.open(
+                directory,
+                fingerprint(settings, sorted(encoder.state_dict().items()), files),
+                len(files),
+                partial(self._annotate_all, name),
+            )
+
+    def _annotate_all(self, name: str) -> Iterator[Annotations]:
+        total = math.ceil(len(self.data.records[name]) / self.data.batch_size)
+        with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
+            for images in track(self.data.images(name), f"Annotating the {name} images", total=total):
+                yield self.captioner.annotate(images.to(self.device))
+
+    def _annotations(self, batch: Batch) -> Annotations:
+        if batch.annotations is not None:
+            return batch.annotations
+        assert batch.images is not None
+        return self.captioner.annotate(batch.images)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the objective of a batch."""
+        assert batch.tokens is not None
+        annotations = self._annotations(batch)
+        logits, weights, _ = self.captioner(annotations, batch.tokens)
+        loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
+        total: Tensor = loss.total
+        parts = {"cross_entropy": loss.cross_entropy, "attention": loss.attention}
+        if self.presence is not None:
+            parts["word_presence"] = self.presence(annotations, batch.tokens)
+            total = total + self.word_presence * parts["word_presence"]
+        size = len(batch.image_ids)
+        self.log("train/loss", total, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=size)
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the captions of the last round."""
+        self._captions = {}
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Caption a batch greedily."""
+        self._decode(batch, beam_size=1)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """Caption a batch with the beam."""
+        self._decode(batch, beam_size=self.beam_size)
+
+    def _decode(self, batch: Batch, beam_size: int) -> None:
+        found = self.captioner.search(
+            self._annotations(batch),
+            beam_size=beam_size,
+            max_words=self.max_words,
+            length_penalty=self.length_penalty,
+        )
+        for image_id, hypotheses in zip(batch.image_ids, found, strict=True):
+            self._captions[image_id] = detokenize(self.captioner.vocabulary.decode(hypotheses[0].tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score the captions of all images against their raw references."""
+        self._score("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Score the captions of all images against their raw references."""
+        self._score("test")
+
+    def _score(self, name: str) -> None:
+        captions = self._captions
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, captions)
+            # By image: one that a sampler gave to two processes to make their shares equal counts once.
+            captions = {image_id: caption for part in gathered for image_id, caption in part.items()}
+        references = self.data.references(name)
+        scores = score_captions({image_id: references[image_id] for image_id in captions}, captions)
+        self.scores = {metric: score.corpus for metric, score in scores.items()}
+        for metric, value in self.scores.items():
+            # The same figure in every process; Lightning warns where none is asked to see to that.
+            self.log(f"{name}/{metric}", value, prog_bar=metric == "CIDEr-D", sync_dist=True)
+        self.scored_images = len(captions)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW with a warm-up and a cosine, stepped with every batch."""
+        self._fill_caches()  # before the steps are counted, for which Lightning makes the loader of the training images
+        embeddings = {id(module.weight) for module in self.captioner.modules() if isinstance(module, nn.Embedding)}
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        decays = [p for p in learning if p.dim() > 1 and id(p) not in embeddings]
+        stays = [p for p in learning if p.dim() <= 1 or id(p) in embeddings]
+        optimizer = torch.optim.AdamW(
+            [{"params": decays, "weight_decay": self.weight_decay}, {"params": stays, "weight_decay": 0.0}],
+            lr=self.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = max(1, round(self.warmup * steps))
+
+        def share(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the captioner under its own key, complete and free of code."""
+        # Its tensors are those of Lightning's state dict, and torch writes a tensor that stands twice once.
+        checkpoint[KEY] = pack(self.captioner.contents(self.scores))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the words from the file and see that its weights fit; nothing else of it is used.
+
+        Raises
+        ------
+        InputError
+            Where the file's vocabulary is not that of the training captions, its weights are another model's, or it
+            holds no state of the optimiser to go on from.
+        """
+        contents = unpack(checkpoint, "The file of --ckpt_path")
+        vocabulary = Vocabulary(contents.words)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            if vocabulary != self.data.vocabulary:
+                raise InputError(
+                    f"The checkpoint knows {len(contents.words)} words, but not those of these training captions: go "
+                    "on with the captions and the minimum_count that it was trained with."
+                )
+            if "optimizer_states" not in checkpoint:
+                raise InputError(
+                    "The checkpoint holds no state of the optimiser, so training cannot go on from it: give last.ckpt, "
+                    "which stands beside it."
+                )
+        else:
+            self._build(vocabulary)
+        self.scores = dict(contents.scores)
+        wanted = self.captioner.state_dict()
+        wrong = [
+            name
+            for name in wanted.keys() | contents.tensors.keys()
+            if name not in wanted or name not in contents.tensors or wanted[name].shape != contents.tensors[name].shape
+        ]
+        if wrong:
+            raise InputError(
+                f"The checkpoint's weights are another model's ({len(wrong)} tensors differ, {min(wrong)} among them): "
+                "give the configuration that it was trained with."
+            )
+        # A head that serves training only may be in the file and not here, or the other way round.
+        own, stored = self.state_dict(), checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: stored.get(name, tensor) for name, tensor in own.items()}
+
+
+def _source(module: nn.Module) -> str:
+    """Return the code of a foreign module, as far as it can be had: other code gives other annotations."""
+    try:
+        return inspect.getsource(type(module))
+    except (OSError, TypeError):
+        return ""

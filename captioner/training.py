@@ -1,0 +1,242 @@
+"""The training command line: `captioner fit | validate | test`, from YAML files and flags, through Lightning."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from captioner import checkpoint
+from captioner.datamodule import CaptionData
+from captioner.errors import InputError
+from captioner.task import CaptioningTask
+
+MONITOR = "val/CIDEr-D"
+EXAMPLES = """\
+Three examples:
+
+  captioner fit --config configs/flickr8k.yaml --data.files.root data/flickr8k
+      trains the recipe on Flickr8k's official files
+
+  captioner fit --config configs/flickr8k.yaml --data.files COCOCaptions --data.files.root data/coco \\
+      --data.val_split val --model.decoder.attention MultiHead
+      the same recipe on COCO's files, with another attention
+
+  captioner test --config runs/2026-01-31_12-00-00/config.yaml \\
+      --ckpt_path runs/2026-01-31_12-00-00/checkpoints/best.ckpt --data.test_split dev
+      scores a checkpoint, with a beam, on a split
+"""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong with an argument in one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message instead of printing the usage."""
+        raise InputError(" ".join(message.split()) + ". See 'captioner fit --help' for the settings there are.") from ex
+
+
+class BestAndLast(ModelCheckpoint):
+    """Lightning's, which writes last.ckpt only together with a new best: too old to go on from after a plateau."""
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        self._last_global_step_saved = trainer.global_step  # what it asks before it writes last.ckpt
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with the best checkpoint and early stopping by CIDEr-D, and nothing but weights out of a file."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make checkpointing and early stopping settable by flags of their own."""
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": MONITOR,
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+                "early_stopping.monitor": MONITOR,
+                "early_stopping.mode": "max",
+                "early_stopping.patience": 10,
+                "early_stopping.strict": False,  # an epoch without validation is no reason to break off
+                "trainer.default_root_dir": "runs",
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+            }
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Leave out the flag that would let a checkpoint run code."""
+        return {
+            name: {*skipped, "weights_only"}
+            for name, skipped in LightningCLI.subcommands().items()
+            if name in ("fit", "validate", "test")
+        }
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to CSV and TensorBoard in one folder per run, unless the configuration names loggers of its own."""
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            where = {
+                "save_dir": self._get(self.config_init, "trainer.default_root_dir"),
+                "name": "",
+                "version": time.strftime("%Y-%m-%d_%H-%M-%S"),
+            }
+            kwargs["logger"] = [CSVLogger(**where), TensorBoardLogger(**where)] if self.subcommand == "fit" else False
+        checkpoints, resumed = self._get(self.config_init, "checkpoint"), self._get(self.config_init, "ckpt_path")
+        if self.subcommand == "fit" and checkpoints.dirpath is None and resumed and Path(resumed).is_file():
+            # Where the run goes on: in a folder of its own Lightning would forget the best score reached before.
+            checkpoints.dirpath = str(Path(resumed).parent)
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Leave the table of scores to :func:`print_scores`."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint: the YAML is the only configuration.
+
+        Lightning would feed the file's hyper-parameters to the parser, which runs the constructors that they name.
+        """
+
+
+class ScoreLines(Callback):
+    """One line per validation, which a log file keeps and a progress bar does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = time.monotonic()
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Keep the loss of a batch for the mean."""
+        self.losses.append(trainer.callback_metrics["train/loss"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch, the mean loss since the last line, the scores and the time since the start."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        scores = "  ".join(
+            f"{name.removeprefix('val/')} {100 * value:.1f}"
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        )
+        loss = torch.stack(self.losses).mean().item() if self.losses else float("nan")
+        minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
+        self.losses = []
+        line = f"epoch {trainer.current_epoch + 1}  {minutes}:{seconds:02}  loss {loss:.3f}  {scores}"
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+class _QuietBar(RichProgressBar):
+    """Lightning's progress bar on a terminal, and nothing in a pipe or a log file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not Console().is_terminal:
+            self.disable()
+
+
+def train(args: Sequence[str]) -> TrainingCLI:
+    """Run `fit`, `validate` or `test`.
+
+    Parameters
+    ----------
+    args : sequence of str
+        The subcommand and its flags, as on the command line.
+
+    Returns
+    -------
+    TrainingCLI
+        With its trainer, model and datamodule.
+
+    Raises
+    ------
+    InputError
+        Where a setting, a file or a checkpoint cannot be used.
+    """
+    torch.set_float32_matmul_precision("high")
+    _quiet()
+    if args[1:] and not {"-h", "--help", "--print_config"} & set(args):
+        _check_files(args)
+    try:
+        cli = TrainingCLI(
+            CaptioningTask,
+            CaptionData,
+            args=list(args),
+            parser_class=Parser,
+            trainer_defaults={"callbacks": [_QuietBar(), ScoreLines(), LearningRateMonitor()]},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=1,
+        )
+    except MisconfigurationException as error:
+        raise InputError(f"The trainer's settings do not fit together: {' '.join(str(error).split())}") from error
+    if cli.trainer.is_global_zero:
+        if cli.subcommand == "fit":
+            path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+            if path:  # none after a run without validation
+                print_scores(checkpoint.read(path).scores, f"Best of {cli.datamodule.splits['val']}, greedy")
+                Console().print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
+        else:
+            beam = cli.model.beam_size if cli.subcommand == "test" else 1
+            split = cli.datamodule.splits["test" if cli.subcommand == "test" else "val"]
+            print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam {beam}")
+    return cli
+
+
+def _quiet() -> None:
+    """Silence what Lightning tells its own users and ours can neither use nor change."""
+    for message in (
+        "does not have many workers",  # batches of cached annotations are slices of memory: processes would only cost
+        "args parameter is intended to run from within Python",
+        "Checkpoint directory .* exists and is not empty",
+        "Found .* in eval mode at the start of training",  # a frozen encoder
+        "The dirpath has changed from",  # on validating and testing, which save nothing
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+
+
+def _check_files(args: Sequence[str]) -> None:
+    """See that the files named by flags can be read, which the libraries below report at length."""
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        name, _, joined = flag.partition("=")
+        if name in ("--config", "-c", "--ckpt_path"):
+            path = joined or value
+            if path in ("best", "last", "hpc", "null"):
+                continue
+            if not Path(path).is_file():
+                raise InputError(f"There is no file {path} for {name}: check the path.")
+            if name == "--ckpt_path":
+                checkpoint.read(path)
+
+
+def print_scores(scores: Mapping[str, float], title: str) -> None:
+    """Print scores as people quote them, times 100."""
+    table = Table(title=f"{title} (times 100)")
+    for name in scores:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{100 * value:.1f}" for value in scores.values()))
+    Console().print(table)

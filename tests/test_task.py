@@ -1,0 +1,161 @@
+"""The task: it scores what a user of the checkpoint would get, each image once, in one process or two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import nn
+
+import captioner
+from captioner.annotation_files import COCOCaptions
+from captioner.checkpoint import read
+from captioner.encoders import SmallCNN
+from captioner.errors import InputError
+from captioner.metrics import score_captions
+from captioner.model import Captioner
+from captioner.task import CaptioningTask
+from captioner.training import train
+
+
+def scored_by_hand(best, scenes, split, beam_size):
+    records = COCOCaptions(scenes, "captions_{split}.json", "{split}", (split,)).read(split)
+    captions = Captioner.from_checkpoint(best).caption([record.path for record in records], beam_size=beam_size)
+    references = {record.image_id: record.captions for record in records}
+    hypotheses = {record.image_id: caption.text for record, caption in zip(records, captions, strict=True)}
+    return {name: score.corpus for name, score in score_captions(references, hypotheses).items()}, hypotheses
+
+
+def test_the_test_scores_what_caption_gives_with_the_same_beam(recipe, best, scenes):
+    cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best)])
+    scores, captions = scored_by_hand(best, scenes, "seen", beam_size=3)
+    assert cli.model.scores == scores and cli.model.scored_images == 5
+    assert cli.model._captions == captions and len({*captions.values()}) > 1
+    logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+    assert logged == pytest.approx({f"test/{name}": value for name, value in scores.items()}, rel=1e-6)
+
+
+def test_validation_scores_what_caption_gives_greedily(recipe, run, best, scenes):
+    cli = train(["validate", "--config", str(recipe), "--ckpt_path", str(best)])
+    scores, captions = scored_by_hand(best, scenes, "val", beam_size=1)
+    assert cli.model.scores == scores == read(best).scores and cli.model.scored_images == 9
+    assert run.trainer.checkpoint_callback.best_model_score.item() == pytest.approx(scores["CIDEr-D"], rel=1e-6)
+    assert len({*captions.values()}) > 1
+
+
+def test_it_learns(run):
+    losses = [float(line["train/loss"]) for line in rows(run) if line["train/loss"]]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert read(run.trainer.checkpoint_callback.best_model_path).scores["BLEU-1"] > 0.4
+
+
+def rows(cli):
+    import csv
+
+    with open(Path(cli.trainer.loggers[0].log_dir) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_losses_parts_are_logged(run):
+    line = next(line for line in rows(run) if line["train/loss"])
+    total, words, attention = (float(line[f"train/{name}"]) for name in ("loss", "cross_entropy", "attention"))
+    assert total == pytest.approx(words + attention, rel=1e-4) and attention > 0
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_both_precisions_run(precision, fit):
+    cli = fit("--trainer.precision", precision)
+    assert cli.model.scored_images == 9
+    assert all(parameter.dtype == torch.float32 for parameter in cli.model.captioner.parameters())
+    weights, *_ = Captioner.from_checkpoint(cli.trainer.checkpoint_callback.best_model_path).parameters()
+    assert weights.dtype == torch.float32 and weights.isfinite().all()
+
+
+def test_the_learning_rate_rises_and_falls_over_all_steps(fit):
+    cli = fit("--trainer.max_epochs", "4", "--model.warmup", "0.25")
+    rates = [float(line["lr-AdamW/pg1"]) for line in rows(cli) if line["lr-AdamW/pg1"]]
+    assert len(rates) == 12 and rates[:3] == pytest.approx([0.02 / 3, 0.02 * 2 / 3, 0.02])
+    assert rates[3] == pytest.approx(0.02) and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.002
+
+
+def test_only_matrices_decay(run):
+    decays, stays = run.trainer.optimizers[0].param_groups
+    assert decays["weight_decay"] == run.model.weight_decay and stays["weight_decay"] == 0
+    assert all(parameter.dim() > 1 for parameter in decays["params"])
+    embedding = run.model.captioner.embedding.weight
+    assert any(parameter is embedding for parameter in stays["params"])
+    assert sum(len(group["params"]) for group in (decays, stays)) == len(list(run.model.parameters()))
+
+
+def test_pretrained_weights_are_loaded_to_train_and_not_to_test(fit, recipe, last, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(SmallCNN, "load_weights", lambda self: loaded.append(self))
+    train(["test", "--config", str(recipe), "--ckpt_path", str(last)])
+    assert not loaded  # a checkpoint brings them
+    cli = fit("--trainer.fast_dev_run", "true")
+    assert loaded == [cli.model.captioner.encoder]
+
+
+def test_a_module_is_named_once_in_the_state_dict(run):
+    names = list(run.model.state_dict())
+    assert all(name.startswith("model.") for name in names)
+    assert sum("encoder.body.0.0.weight" in name for name in names) == 1
+
+
+def test_a_foreign_module_is_wrapped():
+    assert CaptioningTask(nn.Conv2d(3, 4, 1))._encoder[0].annotation_dim == 4
+
+
+def test_without_captions_data_it_says_so():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match="datamodule="):
+        trainer.fit(CaptioningTask(SmallCNN(size=32, width=4)), datamodule=LightningDataModule())
+
+
+def test_testing_without_a_checkpoint_says_so(recipe):
+    with pytest.raises(InputError, match="--ckpt_path"):
+        train(["test", "--config", str(recipe)])
+
+
+# Two processes
+
+TWO = """\
+import json, os, sys
+from captioner.training import train
+
+if __name__ == "__main__":
+    cli = train(sys.argv[2:])
+    if cli.trainer.is_global_zero:
+        found = {"images": cli.model.scored_images, "scores": cli.model.scores, "world": cli.trainer.world_size}
+        with open(sys.argv[1], "w") as file:
+            json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_two_processes_count_each_image_once(command, recipe, best, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.default_root_dir", str(tmp_path)]
+    if command == "validate":
+        flags += ["--ckpt_path", str(best)]
+    else:
+        flags += ["--model.encoder.class_path", "captioner.encoders.ForeignEncoder", "--model.encoder.module"]
+        flags += ["test_annotation_cache.Counting", "--data.cache", str(tmp_path / "cache")]
+    paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent)]
+    script = [sys.executable, str(tmp_path / "two.py"), str(tmp_path / "found.json")]
+    result = subprocess.run(
+        [*script, command, "--config", str(recipe), *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["world"] == 2 and found["images"] == 9  # an odd number: the sampler gives one of them twice
+    if command == "validate":
+        assert found["scores"] == pytest.approx(read(best).scores)

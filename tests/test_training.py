@@ -1,0 +1,226 @@
+"""The training command line, in-process: what it writes, how it goes on, and what it says of a mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_annotation_cache import FOREIGN
+
+from captioner.checkpoint import read
+from captioner.cli import main
+from captioner.errors import InputError
+from captioner.training import train
+
+
+def one_line(capsys):
+    """What stands on stderr, which is one line and no traceback."""
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("captioner: ") and stderr.count("\n") == 1 and "Traceback" not in stderr, stderr
+    return stderr
+
+
+# What a run writes
+
+
+def test_a_run_writes_checkpoints_scores_and_its_configuration(run, best, last):
+    folder = best.parent.parent
+    assert best.name == "best.ckpt" and last.name == "last.ckpt" and best.parent == last.parent
+    assert {"config.yaml", "metrics.csv"} <= {path.name for path in folder.iterdir()}
+    assert any(path.name.startswith("events.out") for path in folder.iterdir())
+    assert sorted(path.name for path in best.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_the_last_checkpoint_is_that_of_the_last_validation(fit):
+    still = ("--model.learning_rate", "0.0", *FOREIGN)  # without batch norm: no epoch is better than the first
+    checkpoints = fit("--trainer.max_epochs", "3", *still).trainer.checkpoint_callback
+    saved = [torch.load(path, weights_only=True) for path in (checkpoints.best_model_path, checkpoints.last_model_path)]
+    assert [each["global_step"] for each in saved] == [3, 9]
+
+
+def test_the_saved_configuration_runs_the_test(best, capsys):
+    assert main(["test", "--config", str(best.parent.parent / "config.yaml"), "--ckpt_path", str(best)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "seen, 5 images, beam 3 (times 100)" in captured.out
+    assert captured.out.count("CIDEr-D") == 1  # one table, ours
+
+
+def test_what_a_user_reads(recipe, tmp_path, capsys):
+    assert main(["fit", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    first, *_, end = captured.out.splitlines()
+    assert first.startswith("epoch 1  loss ") and "CIDEr-D" in first
+    best = Path(end.removeprefix("Checkpoint: "))
+    assert best.is_file() and f"{100 * read(best).scores['CIDEr-D']:.1f}" in captured.out
+
+
+def test_the_same_seed_gives_the_same_weights(fit):
+    one, same, other = (fit("--seed_everything", seed).model.captioner.state_dict() for seed in ("3", "3", "4"))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_trial_and_a_run_without_validation_end_well(recipe, tmp_path):
+    for flags in (["--trainer.fast_dev_run", "true"], ["--trainer.limit_val_batches", "0"]):
+        assert main(["fit", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), *flags]) == 0
+
+
+# Going on
+
+
+def test_resuming_goes_on_where_it_ended(fit):
+    cut = fit("--trainer.max_epochs", "1")
+    last = cut.trainer.checkpoint_callback.last_model_path
+    saved = torch.load(last, weights_only=True)
+    assert saved["epoch"] == 0 and saved["global_step"] == 3
+    resumed = fit("--trainer.max_epochs", "2", "--ckpt_path", last)
+    assert resumed.trainer.current_epoch == 2 and resumed.trainer.global_step == 6
+    state = resumed.trainer.optimizers[0].state_dict()["state"]
+    assert {int(each["step"]) for each in state.values()} == {6}  # Adam's own count, which begins at 0 in a new run
+
+
+def test_resuming_keeps_the_best_so_far(run, fit, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("best.ckpt", "last.ckpt"):
+        (folder / name).write_bytes((Path(run.trainer.checkpoint_callback.best_model_path).parent / name).read_bytes())
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    state = next(value for name, value in saved["callbacks"].items() if name.startswith("BestAndLast"))
+    # As if the run had been here, with a best that the next epochs cannot reach.
+    unreachable = torch.tensor(99.0)
+    state |= {"dirpath": str(folder), "best_model_path": str(folder / "best.ckpt"), "best_model_score": unreachable}
+    state |= {"best_k_models": {str(folder / "best.ckpt"): unreachable}, "kth_value": unreachable}
+    state |= {"kth_best_model_path": str(folder / "best.ckpt")}
+    torch.save(saved, folder / "last.ckpt")
+    before = (folder / "best.ckpt").read_bytes()
+    flags = ("--trainer.max_epochs", "28", "--trainer.check_val_every_n_epoch", "4")
+    resumed = fit(*flags, "--ckpt_path", str(folder / "last.ckpt"))
+    assert resumed.trainer.checkpoint_callback.best_model_score == 99
+    assert (folder / "best.ckpt").read_bytes() == before
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 28 * 3
+
+
+LONGER = ["--trainer.max_epochs", "28"]
+
+
+def test_another_vocabulary_is_said(last, recipe, capsys):
+    assert main(["fit", "--config", str(recipe), "--ckpt_path", str(last), "--data.minimum_count", "40", *LONGER]) == 2
+    assert "minimum_count that it was trained with" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("other", [("--model.embedding_dim", "16"), ("--model.decoder.gate", "false")])
+def test_another_models_weights_are_said(command, other, last, recipe, tmp_path, capsys):
+    flags = ["--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", str(last), *other]
+    assert main([command, *flags]) == 2
+    assert "weights are another model's" in one_line(capsys)
+
+
+def test_weights_alone_cannot_be_gone_on_from(last, recipe, tmp_path, capsys):
+    weights = {name: value for name, value in torch.load(last, weights_only=True).items() if name != "optimizer_states"}
+    torch.save(weights, tmp_path / "weights.ckpt")
+    assert main(["fit", "--config", str(recipe), "--ckpt_path", str(tmp_path / "weights.ckpt")]) == 2
+    assert "no state of the optimiser" in one_line(capsys)
+
+
+# Mistakes
+
+
+def test_help_begins_with_three_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Three examples:") and text.index("  captioner fit --config") < text.index("usage:")
+    assert text[: text.index("usage:")].count("\n  captioner ") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.dropuot", "0.1"], "--model.dropuot"),
+        (["--model.dropout", "much"], "model.dropout"),
+        (["--data.batch_size", "2.5"], "data.batch_size"),
+        (["--data.train_split", "nope"], "no split 'nope'"),
+        (["--data.files.root", "/nowhere"], "/nowhere does not exist"),
+        (["--model.encoder", "NoSuchEncoder"], "NoSuchEncoder"),
+        (["--model.encoder.size", "33"], "multiple of 8"),
+        (["--model.bridge.dim", "16", "--model.decoder.attention", "Dot"], "equally long"),
+        (["--config", "missing.yaml"], "no file missing.yaml"),
+        (["--ckpt_path", "missing.ckpt"], "no file missing.ckpt"),
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "0"], "trainer's settings"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(flags, said, recipe, tmp_path, capsys):
+    assert main(["fit", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), *flags]) == 2
+    assert said in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("learning_rate", "learning_rat", "learning_rat"),
+        ("batch_size: 8", "batch_size: many", "data.batch_size"),
+        ("class_path: Additive", "class_path: Subtractive", "Subtractive"),
+        ("width: 4", "breadth: 4", "breadth"),
+        ("trainer:", "trainer: [", "config"),
+        ("trainer:", "\ttrainer:", "config"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(old, new, said, recipe, tmp_path, capsys):
+    text = recipe.read_text()
+    assert old in text
+    (tmp_path / "wrong.yaml").write_text(text.replace(old, new, 1))
+    assert main(["fit", "--config", str(tmp_path / "wrong.yaml")]) == 2
+    assert said in one_line(capsys)
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Two images a split in Flickr8k's form."""
+    (tmp_path / "Images").mkdir()
+    lines = []
+    for split in ("train", "dev"):
+        names = [f"{split}{number}.jpg" for number in range(2)]
+        for name in names:
+            Image.new("RGB", (32, 32), "red").save(tmp_path / "Images" / name)
+            lines += [f"{name}#{k}\tA red square .\n" for k in range(2)]
+        (tmp_path / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names))
+    (tmp_path / "Flickr8k.token.txt").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("none", ""),
+        ("missing image", "train1.jpg"),
+        ("text as image", "train1.jpg is not an image"),
+        ("text as image, in a worker", "train1.jpg is not an image"),
+        ("bad line", "Flickr8k.token.txt, line 3"),
+    ],
+)
+def test_a_fault_in_the_data_is_one_line(mistake, said, own_data, recipe, capsys):
+    flags = ["--config", str(recipe), "--trainer.default_root_dir", str(own_data / "runs")]
+    flags += ["--data.files", "Flickr8k", "--data.files.root", str(own_data), "--data.val_split", "dev"]
+    picture = own_data / "Images" / "train1.jpg"
+    if mistake == "missing image":
+        picture.unlink()
+    elif mistake.startswith("text"):
+        picture.write_text("no picture")
+        flags += ["--data.num_workers", "1" if "worker" in mistake else "0"]
+    elif mistake == "bad line":
+        path = own_data / "Flickr8k.token.txt"
+        path.write_text(path.read_text().replace("train1.jpg#0\t", "train1.jpg "))
+    code = main(["fit", *flags])
+    if mistake == "none":
+        assert code == 0
+    else:
+        assert code == 2 and said in one_line(capsys)
+
+
+def test_an_error_reaches_python_as_it_is(recipe):
+    with pytest.raises(InputError, match="no split"):
+        train(["fit", "--config", str(recipe), "--data.val_split", json.dumps("nope")])
