@@ -1,0 +1,283 @@
+"""The command line. Each command imports what it needs, so that help and mistakes are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captioner.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from captioner.model import Captioner
+
+HELP = """\
+usage: captioner COMMAND ...
+
+Captions images, and shows where each word came from.
+
+  captioner demo                  train, score, caption and overlay on drawn scenes, in minutes on a CPU
+  captioner caption PATH...       caption images with a trained checkpoint
+  captioner fit                   train
+  captioner validate, test        score a checkpoint on a split
+  captioner faithfulness          measure whether a checkpoint uses its attention
+
+  captioner COMMAND --help        the options of a command
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Parameters
+    ----------
+    args : sequence of str, optional
+        By default those of the process.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "fit": _train,
+        "validate": _train,
+        "test": _train,
+        "caption": _caption,
+        "demo": _demo,
+        "faithfulness": _faithfulness,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        from captioner import __version__
+
+        print(f"captioner {__version__}")
+        return 0
+    if args[0] not in commands:
+        print(f"captioner: there is no command {args[0]!r}: choose from {', '.join(commands)}.", file=sys.stderr)
+        return 2
+    try:
+        return commands[args[0]](args)
+    except InputError as error:
+        print(f"captioner: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("captioner: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _sentence(error: InputError) -> str:
+    """Return the message; one that comes out of a loader's process stands at the end of that process's traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix(f"{InputError.__module__}.InputError: ") if lines else ""
+
+
+def _train(args: Sequence[str]) -> int:
+    from captioner.training import EXAMPLES, train
+
+    if "--help" in args or "-h" in args:
+        print(EXAMPLES)
+    train(args)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see '{self.prog} --help'.")
+
+
+def _parser(command: str, description: str) -> _Parser:
+    return _Parser(prog=f"captioner {command}", description=description, allow_abbrev=False)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="what `captioner fit` wrote")
+    parser.add_argument(
+        "--encoder",
+        metavar="PACKAGE:CLASS",
+        help="the encoder's class, for a checkpoint that was trained with one of your own",
+    )
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu (default), cuda, ...")
+
+
+def _caption(args: Sequence[str]) -> int:
+    parser = _parser("caption", "Caption images.")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="image files, and folders of them")
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--beam-size", type=_positive, default=5, metavar="K", help="hypotheses; 1 is greedy (default 5)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines instead of printing")
+    parser.add_argument("--overlay", type=Path, metavar="DIR", help="draw each image with the attention of each word")
+    options = parser.parse_args(args[1:])
+
+    from captioner.images import find_images, read_image
+
+    paths = find_images(options.paths)
+    if options.output is not None:
+        _check_writable(options.output)
+    if options.overlay is not None:
+        _make_folder(options.overlay)
+    model = _open(options)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from captioner.overlay import draw_overlay
+
+    lines, failures = [], 0
+    pictures = _picture_names(paths)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("Captioning", total=len(paths))
+        for first in range(0, len(paths), 32):
+            images = {}
+            for path in paths[first : first + 32]:
+                try:
+                    images[path] = read_image(path)
+                except InputError as error:
+                    failures += 1
+                    progress.console.print(f"captioner: {error}", highlight=False, markup=False, soft_wrap=True)
+            captions = model.caption(list(images.values()), beam_size=options.beam_size)
+            for (path, image), caption in zip(images.items(), captions, strict=True):
+                if options.output is None:
+                    print(f"{path}\t{caption.text}", flush=True)
+                else:
+                    record = {"image": str(path), "caption": caption.text, "log_probability": caption.log_probability}
+                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+                if options.overlay is not None:
+                    draw_overlay(image, caption, model.preprocessing).save(options.overlay / pictures[path])
+            progress.advance(bar, len(paths[first : first + 32]))
+    if options.output is not None:
+        _write(options.output, "".join(lines))
+    if failures:
+        print(f"captioner: {failures} of {len(paths)} images could not be read.", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return a file name for each image's overlay; images of one name from several folders get numbers."""
+    names: dict[Path, str] = {}
+    seen: Counter[str] = Counter()
+    for path in paths:
+        seen[path.stem] += 1
+        names[path] = f"{path.stem}.png" if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}.png"
+    return names
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
+
+
+def _check_writable(path: Path) -> None:
+    """See before the work, and not after it, that its result can be written."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is no folder in which files can be made"
+        raise InputError(f"The file {path} cannot be written, since {reason}: write elsewhere.")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {path} cannot be made ({error.strerror}): give another one.") from error
+
+
+def _open(options: argparse.Namespace) -> Captioner:
+    from captioner.model import Captioner
+
+    return Captioner.from_checkpoint(
+        options.checkpoint, encoder=_foreign_encoder(options.encoder), device=_device(options.device)
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {name!r} cannot be used here: choose cpu, or see that {name} works.") from error
+
+
+def _foreign_encoder(name: str | None) -> nn.Module | None:
+    """Import and construct the user's own encoder, which lies on the path or in the current directory."""
+    if name is None:
+        return None
+    import importlib
+
+    package, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        encoder: nn.Module = getattr(importlib.import_module(package), attribute)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"The encoder {name!r} cannot be made ({error}): give package:Class, importable from here and "
+            "constructible without arguments."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return encoder
+
+
+def _faithfulness(args: Sequence[str]) -> int:
+    parser = _parser("faithfulness", "Measure whether a checkpoint's captions depend on its attention.")
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--files", choices=("Flickr8k", "COCOCaptions"), default="Flickr8k", help="form of the captions"
+    )
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="where images and captions are")
+    parser.add_argument("--split", default="dev", help="which images (default dev)")
+    parser.add_argument("--beam-size", type=_positive, default=5, metavar="K", help="hypotheses (default 5)")
+    parser.add_argument("--images", type=_positive, metavar="N", help="only the first N images")
+    parser.add_argument("--seed", type=int, default=0, help="of permutations, hidden regions and the bootstrap")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    options = parser.parse_args(args[1:])
+    if options.json is not None:
+        _check_writable(options.json)
+
+    from captioner import annotation_files
+
+    files = getattr(annotation_files, options.files)(options.root)
+    records = files.read(options.split)[: options.images]
+    model = _open(options)
+
+    from captioner.faithfulness import measure, print_report
+
+    report = measure(model, records, beam_size=options.beam_size, seed=options.seed)
+    print_report(report, options.split)
+    if options.json is not None:
+        _write(options.json, json.dumps(report._asdict(), indent=2) + "\n")
+    return 0
+
+
+def _demo(args: Sequence[str]) -> int:
+    parser = _parser("demo", "Draw scenes, train a captioner on them, score it, and show where its words came from.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("captioner-demo"), metavar="DIR", help="(default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of scenes and training (default 1)")
+    options = parser.parse_args(args[1:])
+
+    from captioner.demo import run
+
+    run(options.output, options.seed)
+    return 0

@@ -1,0 +1,174 @@
+"""The demo: the whole job on built-in scenes, which say by themselves whether a caption is right.
+
+It runs the commands that a user would run, on data that it draws: `captioner fit` with `configs/scenes.yaml`, then the
+best checkpoint on two held-out splits, with and without colour-shape pairs that training never showed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from captioner.annotation_files import COCOCaptions
+from captioner.errors import InputError
+from captioner.images import read_image
+from captioner.metrics import score_captions
+from captioner.model import Caption, Captioner
+from captioner.overlay import draw_overlay
+from captioner.scenes import Scene, judge, pointing, read_scenes, write_scenes
+from captioner.training import train
+
+SIZES = {"train": 8000, "val": 200, "seen": 500, "unseen": 500}
+BEAM_SIZE = 5
+OVERLAYS = 6  # of each test split
+
+
+class SceneScores(NamedTuple):
+    """What a captioner reached on scenes; shares and scores between 0 and 1, CIDEr-D in COCO's units.
+
+    Attributes
+    ----------
+    bleu4, cider_d : float
+        Against the scenes' own five captions.
+    right : float
+        Share of captions in which all that is said is true of the scene, and at least two objects and one relation are
+        named.
+    right_shuffled : float
+        The same captions held against other scenes: what saying likely things would reach.
+    pointing : float
+        Share of colour and shape words whose strongest region overlaps the box of the object that they speak of; a word
+        for an object that is not there counts as a miss.
+    pointing_uniform : float
+        What a uniform map reaches on the same words, by chance.
+    """
+
+    bleu4: float
+    cider_d: float
+    right: float
+    right_shuffled: float
+    pointing: float
+    pointing_uniform: float
+
+
+def score_scenes(
+    captions: Sequence[Caption], scenes: Sequence[Scene], references: Sequence[Sequence[str]]
+) -> SceneScores:
+    """Score captions of scenes by the references and by the scenes themselves.
+
+    Parameters
+    ----------
+    captions, scenes, references
+        In the same order; each scene has several references.
+    """
+    scores = score_captions(dict(enumerate(references)), {k: caption.text for k, caption in enumerate(captions)})
+    judgements = [judge(caption.words, scene) for caption, scene in zip(captions, scenes, strict=True)]
+    others = [*scenes[1:], scenes[0]]
+    shuffled = [judge(caption.words, scene) for caption, scene in zip(captions, others, strict=True)]
+    pointings = []
+    for caption, judgement, scene in zip(captions, judgements, scenes, strict=True):
+        assert caption.attention is not None and caption.grid is not None, "the demo's decoder attends over a grid"
+        pointings += pointing(judgement, caption.attention.numpy(), caption.grid, scene)
+    return SceneScores(
+        bleu4=scores["BLEU-4"].corpus,
+        cider_d=scores["CIDEr-D"].corpus,
+        right=float(np.mean([judgement.right for judgement in judgements])),
+        right_shuffled=float(np.mean([judgement.right for judgement in shuffled])),
+        pointing=float(np.mean([point.hit for point in pointings])) if pointings else 0.0,
+        pointing_uniform=float(np.mean([point.chance for point in pointings])) if pointings else 0.0,
+    )
+
+
+def run(output: Path, seed: int) -> None:
+    """Draw scenes, train, score, caption and overlay, all under one folder.
+
+    Parameters
+    ----------
+    output : Path
+        Where everything goes; made if it does not exist.
+    seed : int
+        Of scenes and training.
+
+    Raises
+    ------
+    InputError
+        Where the folder holds something that is not the demo's.
+    """
+    started = time.monotonic()
+    console = Console()
+    _claim(output)
+    scenes = output / "scenes"
+    with Progress(console=console) as progress:
+        bar = progress.add_task("Drawing scenes", total=sum(SIZES.values()))
+        write_scenes(scenes, SIZES, seed, progress=lambda number: progress.update(bar, completed=number))
+
+    arguments = ["fit", "--config", str(recipe("scenes.yaml")), "--data.files.root", str(scenes)]
+    arguments += ["--trainer.default_root_dir", str(output / "runs"), "--seed_everything", str(seed)]
+    console.print(f"captioner {' '.join(arguments)}", highlight=False, soft_wrap=True)
+    cli = train(arguments)
+    checkpoint = Path(cli.trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    model = Captioner.from_checkpoint(checkpoint)
+
+    results: dict[str, object] = {}
+    overlays = output / "overlays"
+    overlays.mkdir(exist_ok=True)
+    for split in ("seen", "unseen"):
+        records = COCOCaptions(scenes, "captions_{split}.json", "{split}", (split,)).read(split)
+        truths = read_scenes(scenes, split)
+        captions = model.caption([record.path for record in records], beam_size=BEAM_SIZE)
+        reached = score_scenes(
+            captions, [truths[int(record.image_id)] for record in records], [record.captions for record in records]
+        )
+        results[split] = {**reached._asdict(), "images": len(records)}
+        console.print(f"\n{split}: {'with' if split == 'unseen' else 'without'} a colour-shape pair new to the model")
+        for record, caption in list(zip(records, captions, strict=True))[:OVERLAYS]:
+            picture = overlays / f"{split}-{record.path.stem}.png"
+            draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
+            console.print(f"  {record.path.name}  {caption.text}", highlight=False)
+    results |= {"seed": seed, "beam_size": BEAM_SIZE, "seconds": round(time.monotonic() - started, 1)}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _print(console, results)
+    console.print(
+        f"Scores       {output / 'results.json'}\nOverlays     {overlays}\nScenes       {scenes}\n"
+        f"Checkpoint   {checkpoint}\n\nCaption an image of your own making:\n"
+        f"  captioner caption {scenes / 'seen'} --checkpoint {checkpoint} --overlay my-overlays",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def recipe(name: str) -> Path:
+    """Return the path of a recipe: in the installed package, or in the checkout that it is imported from."""
+    package = Path(__file__).parent
+    installed = package / "configs" / name
+    return installed if installed.is_file() else package.parent / "configs" / name
+
+
+def _claim(output: Path) -> None:
+    """Make the folder, and refuse one that holds other people's things."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: give --output the name of a folder.")
+    if output.is_dir() and any(output.iterdir()) and not (output / "scenes").is_dir():
+        raise InputError(f"The folder {output} holds something else already: give --output an empty or a new one.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {output} cannot be made ({error.strerror}): give another --output.") from error
+
+
+def _print(console: Console, results: dict[str, object]) -> None:
+    table = Table(title=f"Test scenes, beam {BEAM_SIZE}, seed {results['seed']}, {results['seconds']} s in all")
+    table.add_column("")
+    for split in ("seen", "unseen"):
+        table.add_column(split, justify="right")
+    for name in ("images", *SceneScores._fields):
+        values = [results[split][name] for split in ("seen", "unseen")]  # type: ignore[index]
+        table.add_row(name, *(str(value) if name == "images" else f"{value:.3f}" for value in values))
+    console.print(table)
