@@ -68,7 +68,12 @@ class AnnotationCache:
         """
         folder = directory / fingerprint[:16]
         if not _holds(folder, fingerprint, images):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"The cache folder {folder} cannot be made ({error.strerror}): give another data.cache."
+                ) from error
             # A name of its own for each process: two runs that start at once must not write into one file.
             unfinished = folder / f"values.{os.getpid()}.tmp"
             try:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"captioner: {_sentence(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return 0
     except KeyboardInterrupt:
         print("captioner: interrupted.", file=sys.stderr)
         return 130
@@ -99,6 +103,12 @@ def _parser(command: str, description: str) -> _Parser:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
 
 
@@ -157,7 +167,13 @@ def _caption(args: Sequence[str]) -> int:
                     record = {"image": str(path), "caption": caption.text, "log_probability": caption.log_probability}
                     lines.append(json.dumps(record, ensure_ascii=False) + "\n")
                 if options.overlay is not None:
-                    draw_overlay(image, caption, model.preprocessing).save(options.overlay / pictures[path])
+                    picture = draw_overlay(image, caption, model.preprocessing)
+                    try:
+                        picture.save(options.overlay / pictures[path])
+                    except OSError as error:
+                        raise InputError(
+                            f"{options.overlay} takes no picture ({error.strerror}): choose another folder."
+                        ) from error
             progress.advance(bar, len(paths[first : first + 32]))
     if options.output is not None:
         _write(options.output, "".join(lines))
@@ -228,7 +244,7 @@ def _foreign_encoder(name: str | None) -> nn.Module | None:
     sys.path.insert(0, os.getcwd())
     try:
         encoder: nn.Module = getattr(importlib.import_module(package), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # it is the user's code: whatever it trips over
         raise InputError(
             f"The encoder {name!r} cannot be made ({error}): give package:Class, importable from here and "
             "constructible without arguments."
@@ -248,7 +264,7 @@ def _faithfulness(args: Sequence[str]) -> int:
     parser.add_argument("--split", default="dev", help="which images (default dev)")
     parser.add_argument("--beam-size", type=_positive, default=5, metavar="K", help="hypotheses (default 5)")
     parser.add_argument("--images", type=_positive, metavar="N", help="only the first N images")
-    parser.add_argument("--seed", type=int, default=0, help="of permutations, hidden regions and the bootstrap")
+    parser.add_argument("--seed", type=_seed, default=0, help="of permutations, hidden regions and the bootstrap")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     options = parser.parse_args(args[1:])
     if options.json is not None:
@@ -274,10 +290,12 @@ def _demo(args: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("captioner-demo"), metavar="DIR", help="(default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of scenes and training (default 1)")
+    parser.add_argument("--seed", type=_seed, default=1, metavar="N", help="of scenes and training (default 1)")
     options = parser.parse_args(args[1:])
+
+    started = time.monotonic()
 
     from captioner.demo import run
 
-    run(options.output, options.seed)
+    run(options.output, options.seed, started)
     return 0

@@ -171,6 +171,10 @@ class CaptionData(LightningDataModule):
         keep_in_memory: bool = False,
     ) -> None:
         super().__init__()
+        numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
+        for name, number in numbers.items():
+            if number < 1:
+                raise InputError(f"data.{name} is {number}: give a whole number above 0.")
         self.files = files
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count

@@ -186,7 +186,7 @@ class Captioner(nn.Module):
 
     def annotate(self, images: Tensor) -> Annotations:
         """Return the encoder's annotations of images (B, 3, S, S), uint8 as :class:`Preprocessing` gives them."""
-        normalised = self.preprocessing.normalise(images)
+        normalised = self.preprocessing.normalise(images).to(self.embedding.weight.dtype)
         # Convolutions run about twice as fast on this layout, on a CPU and on a GPU; others do not care.
         annotations: Annotations = self.encoder(normalised.contiguous(memory_format=torch.channels_last))
         return annotations
@@ -222,7 +222,8 @@ class Captioner(nn.Module):
     def step(self, words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
         """Return the log-probabilities (B * Q, V) of the words after `words` (B * Q,), and the next state."""
         step = self.decoder.step(self.drop(self.embedding(words)), memory, state)
-        return self.output(self.drop(step.output)).log_softmax(-1, dtype=torch.float32), step.state
+        logits = self.output(self.drop(step.output))
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), step.state
 
     @torch.no_grad()
     def search(

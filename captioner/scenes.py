@@ -411,7 +411,7 @@ def judge(words: Sequence[str], scene: Scene) -> Judgement:
     It is right if every object named exists (with the size said, if one is), every relation and every count is true,
     and it names at least two objects and one relation. It is read phrase by phrase, not matched to templates;
     a caption that cannot be read to its end (a colour without a shape, a relation without an object, an unknown
-    word, an object related to itself) is not right.
+    word, an object related to itself) is not right. Grammar beyond that is not judged.
 
     Parameters
     ----------
@@ -434,7 +434,8 @@ def judge(words: Sequence[str], scene: Scene) -> Judgement:
             boxes[mention.start : mention.stop] = [(named.box,)] * (mention.stop - mention.start)
     for relation, subjects, target in links:
         ends = [found[mention] for mention in (*subjects, target)]
-        spoken_of = tuple(item.box for item in ends if item is not None)
+        before = boxes[relation.start]  # a relation to two objects is linked twice
+        spoken_of = tuple(dict.fromkeys([*before, *(item.box for item in ends if item is not None)]))
         boxes[relation.start : relation.stop] = [spoken_of] * (relation.stop - relation.start)
         b = ends[-1]
         for a in ends[:-1]:
@@ -537,6 +538,11 @@ def _link(items: Sequence[_Item]) -> tuple[list[tuple[_Relation, list[Mention], 
             problems.append(f"'{relation.name}' relates an object to itself")
         else:
             links.append((relation, subjects, target))
+            match after:  # "A R B and C" says that A is R both, unless C begins a clause of its own
+                case [Mention(), "and", Mention() as second, *rest] if not rest or not (
+                    isinstance(rest[0], _Relation) or rest[0] in ("is", "are")
+                ):
+                    links.append((relation, subjects, second))
     return links, problems
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from captioner.errors import InputError
+
 State = tuple[Tensor, ...]
 StepFunction = Callable[[Tensor, State], tuple[Tensor, State]]
 
@@ -73,11 +75,21 @@ def beam_search(
     banned : sequence of int
         Ids that are never chosen. What is left is not renormalised.
 
+    Raises
+    ------
+    InputError
+        Where there is no beam, or the longest caption or the length penalty is negative.
+
     Returns
     -------
     list of list of Hypothesis
         For each image its hypotheses, at least one and at most `beam_size`, best first.
     """
+    if beam_size < 1 or max_words < 0 or length_penalty < 0:
+        raise InputError(
+            f"No caption can be searched with beam_size {beam_size}, max_words {max_words} and length_penalty "
+            f"{length_penalty}: give at least 1, 0 and 0."
+        )
     device = start[0].device
     rows = torch.arange(images, device=device)[:, None] * beam_size  # first row of each image
     words = torch.full((images * beam_size,), begin, device=device)

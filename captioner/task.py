@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -156,9 +157,9 @@ class CaptioningTask(LightningModule):
 
     def _open_caches(self, directory: Path) -> None:
         encoder = self.captioner.encoder
-        settings = describe(encoder)
+        settings = {**describe(encoder), "precision": str(self.trainer.precision)}
         if isinstance(encoder, ForeignEncoder):
-            settings["module"] = [encoder.module_name, _source(encoder.module)]
+            settings["module"] = [encoder.module_name, repr(encoder.module), _source(encoder.module)]
         for name in ("train", "val"):
             files = [record.path for record in self.data.records[name]]
             self.data.caches[name] = AnnotationCache.open(
@@ -313,8 +314,8 @@ class CaptioningTask(LightningModule):
 
 
 def _source(module: nn.Module) -> str:
-    """Return the code of a foreign module, as far as it can be had: other code gives other annotations."""
+    """Return the file that a foreign module is written in, if it can be had: other code gives other annotations."""
     try:
-        return inspect.getsource(type(module))
+        return inspect.getsource(sys.modules[type(module).__module__])
     except (OSError, TypeError):
         return ""

@@ -47,7 +47,13 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message instead of printing the usage."""
-        raise InputError(" ".join(message.split()) + ". See 'captioner fit --help' for the settings there are.") from ex
+        hint = " A recipe gives them: --config configs/flickr8k.yaml." if "are required" in message else ""
+        message = " ".join(message.split()).rstrip(".")
+        raise InputError(f"{message}.{hint} The settings there are: captioner {self._command} --help.") from ex
+
+    @property
+    def _command(self) -> str:
+        return next((name for name in ("validate", "test") if name in self.prog.split()), "fit")
 
 
 class BestAndLast(ModelCheckpoint):
@@ -93,6 +99,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard in one folder per run, unless the configuration names loggers of its own."""
+        if resumed := self._get(self.config_init, "ckpt_path"):
+            checkpoint.read(resumed)  # before anything is built: it must be there, and ours
         if self._get(self.config_init, "trainer.logger") in (None, True):
             where = {
                 "save_dir": self._get(self.config_init, "trainer.default_root_dir"),
@@ -100,8 +108,8 @@ class TrainingCLI(LightningCLI):
                 "version": time.strftime("%Y-%m-%d_%H-%M-%S"),
             }
             kwargs["logger"] = [CSVLogger(**where), TensorBoardLogger(**where)] if self.subcommand == "fit" else False
-        checkpoints, resumed = self._get(self.config_init, "checkpoint"), self._get(self.config_init, "ckpt_path")
-        if self.subcommand == "fit" and checkpoints.dirpath is None and resumed and Path(resumed).is_file():
+        checkpoints = self._get(self.config_init, "checkpoint")
+        if self.subcommand == "fit" and checkpoints.dirpath is None and resumed:
             # Where the run goes on: in a folder of its own Lightning would forget the best score reached before.
             checkpoints.dirpath = str(Path(resumed).parent)
         return super().instantiate_trainer(**kwargs)
@@ -189,6 +197,8 @@ def train(args: Sequence[str]) -> TrainingCLI:
             load_from_checkpoint_support=False,
             seed_everything_default=1,
         )
+    except FileExistsError as error:
+        raise InputError(f"{error.filename} is a file where a folder is needed: choose another folder.") from error
     except MisconfigurationException as error:
         raise InputError(f"The trainer's settings do not fit together: {' '.join(str(error).split())}") from error
     if cli.trainer.is_global_zero:
@@ -220,17 +230,17 @@ def _quiet() -> None:
 
 
 def _check_files(args: Sequence[str]) -> None:
-    """See that the files named by flags can be read, which the libraries below report at length."""
+    """See that the configuration files can be read, which the libraries below report at length."""
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, _, joined = flag.partition("=")
-        if name in ("--config", "-c", "--ckpt_path"):
-            path = joined or value
-            if path in ("best", "last", "hpc", "null"):
-                continue
-            if not Path(path).is_file():
+        if name in ("--config", "-c"):
+            path = Path(joined or value)
+            if not path.is_file():
                 raise InputError(f"There is no file {path} for {name}: check the path.")
-            if name == "--ckpt_path":
-                checkpoint.read(path)
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"The configuration {path} is not a text file: give a YAML file.") from None
 
 
 def print_scores(scores: Mapping[str, float], title: str) -> None:

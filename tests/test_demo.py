@@ -50,7 +50,7 @@ def test_looking_elsewhere_and_saying_other_things_is_seen(scenes):
     assert demo.score_scenes(away, composed, references).pointing < 0.5
     others = [told(each[0], scene) for each, scene in zip(descriptions[2:] + descriptions[:2], composed, strict=True)]
     wrong = demo.score_scenes(others, composed, references)
-    assert wrong.right < 0.2 and wrong.right_shuffled < 0.2
+    assert wrong.right < 0.2
 
 
 def test_the_demo_runs_to_its_end_on_few_scenes(tmp_path, monkeypatch, capsys):

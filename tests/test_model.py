@@ -132,7 +132,7 @@ def test_forward_equals_step_word_by_word(name):
     state = model.decoder.start(memory, 2)
     for t in range(5):
         log_probabilities, state = model.step(TOKENS[..., t].flatten(), memory, state)
-        assert same(log_probabilities.view(2, 2, -1), logits[:, :, t].log_softmax(-1).float(), 1e-6)
+        assert same(log_probabilities.view(2, 2, -1), logits[:, :, t].log_softmax(-1), 1e-12)
     for part in (weights, gates):
         assert part is None or part.shape[:3] == (2, 2, 5)
 

@@ -316,3 +316,15 @@ def test_mistakes_are_told(tmp_path):
         write_scenes(tmp_path, {"val": -1}, seed=0)
     with pytest.raises(InputError, match="write the scenes"):
         read_scenes(tmp_path, "val")
+
+
+def test_a_relation_to_two_objects_must_hold_for_both():
+    def item(colour, shape, x, y):
+        return SceneObject(shape, colour, "small", (x - 9.0, y - 9.0, x + 9.0, y + 9.0))
+
+    red, blue = item("red", "circle", 20, 20), item("blue", "square", 70, 70)
+    words = "the image shows a red circle to the left of a blue square and a green ring".split()
+    assert judge(words, Scene(96, (red, blue, item("green", "ring", 70, 40)), 0)).right
+    assert not judge(words, Scene(96, (red, blue, item("green", "ring", 20, 75)), 0)).right
+    clause = "a red circle is to the left of a blue square and a green ring is below it".split()
+    assert not judge(clause, Scene(96, (red, blue, item("green", "ring", 70, 40)), 0)).right

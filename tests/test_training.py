@@ -51,7 +51,7 @@ def test_what_a_user_reads(recipe, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.err == ""
     first, *_, end = captured.out.splitlines()
-    assert first.startswith("epoch 1  loss ") and "CIDEr-D" in first
+    assert first.startswith("epoch 1  0:") and "loss" in first and "CIDEr-D" in first
     best = Path(end.removeprefix("Checkpoint: "))
     assert best.is_file() and f"{100 * read(best).scores['CIDEr-D']:.1f}" in captured.out
 
@@ -146,10 +146,10 @@ def test_help_begins_with_three_examples(capsys):
         (["--data.train_split", "nope"], "no split 'nope'"),
         (["--data.files.root", "/nowhere"], "/nowhere does not exist"),
         (["--model.encoder", "NoSuchEncoder"], "NoSuchEncoder"),
-        (["--model.encoder.size", "33"], "multiple of 8"),
+        (["--model.encoder.size", "33"], "multiple of 4"),
         (["--model.bridge.dim", "16", "--model.decoder.attention", "Dot"], "equally long"),
         (["--config", "missing.yaml"], "no file missing.yaml"),
-        (["--ckpt_path", "missing.ckpt"], "no file missing.ckpt"),
+        (["--ckpt_path", "missing.ckpt"], "no checkpoint missing.ckpt"),
         (["--trainer.accelerator", "cpu", "--trainer.devices", "0"], "trainer's settings"),
     ],
 )
