@@ -148,7 +148,7 @@ def run(output: Path, seed: int, started: float) -> None:
         for record, caption in list(zip(records, captions, strict=True))[:OVERLAYS]:
             picture = overlays / f"{split}-{record.path.stem}.png"
             draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
-            console.print(f"  {record.path.name}  {caption.text}", highlight=False)
+            console.print(f"  {record.path.name}  {caption.text}", highlight=False, soft_wrap=True)
     results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision}
     results["seconds"] = round(time.monotonic() - started, 1)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
