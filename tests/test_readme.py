@@ -1,0 +1,51 @@
+"""The README's commands and the recipes mean something to the program as it is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from captioner.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner fit" in line]
+FLAGS = re.findall(r"^\|[^|]*\| `(--[^`]*)`", README, re.MULTILINE)
+
+
+def print_config(args, capsys):
+    """Have a command parsed and checked to the last setting, and nothing run."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, "--print_config"])
+    assert stopped.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_each_recipe_is_understood(recipe, capsys):
+    assert "encoder" in print_config(["fit", "--config", str(recipe)], capsys)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_each_recipe_says_what_it_is_for(recipe):
+    header = "".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
+    assert all(word in header for word in ("Purpose", "Command", "Time", "Reached"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_fit_command_is_understood(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.replace("my_package.MyEncoder", "torch.nn.Identity"))
+    print_config(words[words.index("captioner") + 1 :], capsys)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_each_flag_is_understood(flags, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    print_config(["fit", "--config", "configs/flickr8k.yaml", *shlex.split(flags)], capsys)
+
+
+def test_there_are_commands_and_flags_to_test():
+    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5
