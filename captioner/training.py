@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
@@ -181,6 +181,7 @@ def train(args: Sequence[str]) -> TrainingCLI:
     InputError
         Where a setting, a file or a checkpoint cannot be used.
     """
+    args = list(args)
     torch.set_float32_matmul_precision("high")
     _quiet()
     if args[1:] and not {"-h", "--help", "--print_config"} & set(args):
@@ -189,9 +190,11 @@ def train(args: Sequence[str]) -> TrainingCLI:
         cli = TrainingCLI(
             CaptioningTask,
             CaptionData,
-            args=list(args),
+            args=args,
             parser_class=Parser,
             trainer_defaults={"callbacks": [_QuietBar(), ScoreLines(), LearningRateMonitor()]},
+            # Beside the checkpoints of a run; a test has no run of its own to keep it in.
+            save_config_callback=SaveConfigCallback if args[:1] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

@@ -56,6 +56,13 @@ def test_what_a_user_reads(recipe, tmp_path, capsys):
     assert best.is_file() and f"{100 * read(best).scores['CIDEr-D']:.1f}" in captured.out
 
 
+def test_the_configuration_is_kept_beside_the_checkpoints_and_nowhere_else(run, best, recipe, tmp_path):
+    assert (best.parents[1] / "config.yaml").is_file()
+    flags = ["--ckpt_path", str(best), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["test", "--config", str(recipe), *flags]) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_same_seed_gives_the_same_weights(fit):
     one, same, other = (fit("--seed_everything", seed).model.captioner.state_dict() for seed in ("3", "3", "4"))
     assert all(torch.equal(value, same[name]) for name, value in one.items())
