@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from captioner.errors import InputError
 
@@ -91,7 +92,11 @@ class Attention(nn.Module):
         values = memory[1]
         return torch.bmm(weights.to(values.dtype), values)
 
-    def forward(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+    def contexts(self, query: Tensor, memory: Memory) -> Tensor:
+        """Return the (B, Q, context_dim) contexts alone: :meth:`read` of :meth:`weigh`, or a kernel that does both."""
+        return self.read(self.weigh(query, memory), memory)
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """Read one context per query.
 
         Parameters
@@ -100,14 +105,18 @@ class Attention(nn.Module):
             (B, Q, query_dim).
         memory : tuple of Tensor
             What :meth:`memory` gave for the B images.
+        need_weights : bool
+            Return the weights, too, which a fused kernel never forms.
 
         Returns
         -------
         context : Tensor
             (B, Q, context_dim).
         weights : Tensor or None
-            (B, Q, N); None from an attention that has none.
+            (B, Q, N); None where they are not needed, and from an attention that has none.
         """
+        if not need_weights:
+            return self.contexts(query, memory), None
         weights = self.weigh(query, memory)
         return self.read(weights, memory), weights
 
@@ -194,7 +203,7 @@ class General(Attention):
 class MultiHead(Attention):
     """Several scaled dot products side by side, each on its own projections (Vaswani et al., 2017, section 3.2.2).
 
-    The weights returned are the mean over the heads.
+    The weights returned are the mean over the heads. A context has `dim` values.
 
     Parameters
     ----------
@@ -218,34 +227,51 @@ class MultiHead(Attention):
                 f"MultiHead attention cannot split dim {dim} into {heads} heads: choose a divisor of {dim}."
             )
         self.heads, self.dim = heads, dim
+        self.context_dim = dim
         self.query = nn.Linear(query_dim, dim)
         self.key = nn.Linear(annotation_dim, dim, bias=False)  # a bias would shift all scores of a query alike
         self.value = nn.Linear(annotation_dim, dim)
-        self.output = nn.Linear(dim, annotation_dim)
+        self.output = nn.Linear(dim, dim)
 
     def memory(self, annotations: Annotations) -> Memory:
         """Return keys and values, both (B, heads, N, dim / heads), and the mask of existing regions (B, N)."""
-        values = annotations.values
-        return self._split(self.key(values)), self._split(self.value(values)), annotations.existing()
+        projected = (split_heads(project(annotations.values), self.heads) for project in (self.key, self.value))
+        return *projected, annotations.existing()
 
     def weigh(self, query: Tensor, memory: Memory) -> Tensor:
         """Return the (B, heads, Q, N) weights of each head."""
         keys, _, mask = memory
-        queries = self._split(self.query(query))
+        queries = split_heads(self.query(query), self.heads)
         return normalise(queries @ keys.mT / math.sqrt(keys.size(-1)), mask[:, None, None])
 
-    def read(self, weights: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+    def read(self, weights: Tensor, memory: Memory) -> Tensor:
+        """Return the (B, Q, dim) contexts under the (B, heads, Q, N) weights of each head."""
         values = memory[1]
-        heads = weights.to(values.dtype) @ values  # (B, heads, Q, dim / heads)
-        contexts: Tensor = self.output(heads.transpose(1, 2).flatten(2))
+        contexts: Tensor = self.output(join_heads(weights.to(values.dtype) @ values))
         return contexts
 
-    def forward(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:  # noqa: D102
-        weights = self.weigh(query, memory)
-        return self.read(weights, memory), weights.mean(1)
+    def contexts(self, query: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        keys, values, mask = memory
+        queries = split_heads(self.query(query), self.heads)
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None])
+        contexts: Tensor = self.output(join_heads(read))
+        return contexts
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)  # (B, n, dim) -> (B, heads, n, dim / heads)
+    def forward(  # noqa: D102
+        self, query: Tensor, memory: Memory, need_weights: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = super().forward(query, memory, need_weights)
+        return context, None if weights is None else weights.mean(1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Return (B, n, dim) as (B, heads, n, dim / heads)."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """Return (B, heads, n, dim / heads) as (B, n, dim)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class Uniform(Attention):
@@ -273,5 +299,7 @@ class NoAttention(Attention):
         """Return one empty (B, 0) tensor, which still says how many images there are."""
         return (annotations.values.new_empty(len(annotations.values), 0),)
 
-    def forward(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+    def forward(  # noqa: D102
+        self, query: Tensor, memory: Memory, need_weights: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         return query.new_empty(*query.shape[:2], 0), None

@@ -67,6 +67,84 @@ class LinearBridge(Bridge):
         return annotations._replace(values=self.drop(values))
 
 
+class TransformerBridge(Bridge):
+    """A linear bridge, and behind it regions that read each other: the encoder of Vaswani et al. (2017), section 3.1.
+
+    With :class:`~captioner.decoders.TransformerDecoder` behind it, it makes the whole Transformer of the paper, whose
+    source is an image. What a region's vector says is then no longer of that region alone, so a map of attention over
+    them is a looser statement about places.
+
+    Parameters
+    ----------
+    annotation_dim : int
+        D, size of the encoder's annotation vectors.
+    dim : int
+        Size of the vectors that it gives.
+    dropout : float
+        Share of values dropped before and after the projection; see :class:`LinearBridge`.
+    positions : bool
+        Add a learned vector for the row and one for the column of each region. Without them, or where the regions are
+        no grid, self-attention does not know where a region is.
+    layers : int
+        Number of layers.
+    heads : int
+        Heads of each self-attention; must divide `dim`.
+    feed_forward_dim : int, optional
+        Size between the two products of the feed-forward network; 4 `dim` by default, as in the paper.
+    norm_first : bool
+        Normalise what enters a sublayer (pre-norm); False: the sum behind it, as in the paper.
+    layer_dropout : float
+        Share of values dropped inside the layers.
+
+    Raises
+    ------
+    InputError
+        Where `heads` does not divide `dim`, or there is no layer.
+    """
+
+    def __init__(
+        self,
+        annotation_dim: int,
+        *,
+        dim: int = 512,
+        dropout: float = 0.0,
+        positions: bool = True,
+        layers: int = 2,
+        heads: int = 8,
+        feed_forward_dim: int | None = None,
+        norm_first: bool = True,
+        layer_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise InputError(f"A TransformerBridge of {layers} layers is LinearBridge: set layers to 1 or more.")
+        if heads < 1 or dim % heads:
+            raise InputError(
+                f"The TransformerBridge cannot split dim {dim} into {heads} heads: choose a divisor of {dim}."
+            )
+        self.annotation_dim, self.dim, self.dropout, self.positions = dim, dim, dropout, positions
+        self.layers, self.heads, self.feed_forward_dim = layers, heads, feed_forward_dim or 4 * dim
+        self.norm_first, self.layer_dropout = norm_first, layer_dropout
+        self.projection = LinearBridge(annotation_dim, dim=dim, dropout=dropout, positions=positions)
+        # Not nn.TransformerEncoder, whose layers would all begin with the same weights.
+        self.stack = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                dim, heads, self.feed_forward_dim, layer_dropout, norm_first=norm_first, batch_first=True
+            )
+            for _ in range(layers)
+        )
+        # The sums of pre-norm layers grow with depth, so the last one is normalised, too.
+        self.norm = nn.LayerNorm(dim) if norm_first else nn.Identity()
+
+    def forward(self, annotations: Annotations) -> Annotations:  # noqa: D102
+        bridged: Annotations = self.projection(annotations)
+        missing = None if bridged.mask is None else ~bridged.mask
+        values = bridged.values
+        for layer in self.stack:
+            values = layer(values, src_key_padding_mask=missing)
+        return bridged._replace(values=self.norm(values))
+
+
 class RegionPositions(nn.Module):
     """Learned two-dimensional positions: one vector per row and one per column of the grid, added.
 

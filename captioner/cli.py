@@ -291,11 +291,19 @@ def _demo(args: Sequence[str]) -> int:
         "--output", type=Path, default=Path("captioner-demo"), metavar="DIR", help="(default %(default)s)"
     )
     parser.add_argument("--seed", type=_seed, default=1, metavar="N", help="of scenes and training (default 1)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="laid over configs/scenes.yaml, such as configs/decoders/transformer.yaml; may be given more than once",
+    )
     options = parser.parse_args(args[1:])
 
     started = time.monotonic()
 
     from captioner.demo import run
 
-    run(options.output, options.seed, started)
+    run(options.output, options.seed, started, options.config)
     return 0

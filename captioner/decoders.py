@@ -1,6 +1,8 @@
-"""Decoders: the equations of *Show, Attend and Tell* (Xu et al., ICML 2015), by number.
+"""Decoders: the equations of *Show, Attend and Tell* (Xu et al., ICML 2015), by number, and of its neighbours.
 
-Words in, words out, both in embedding space: a decoder knows neither the vocabulary nor the encoder.
+Words in, words out, both in embedding space: a decoder knows neither the vocabulary nor the encoder. The LSTM is that
+of the paper, the GRU the one it came from (Bahdanau, Cho and Bengio, ICLR 2015), the Transformer the one that came
+after (Vaswani et al., NeurIPS 2017).
 
 Shapes: B images, Q captions per image, N regions, D annotation size, E embedding size, H hidden size, T words. A memory
 has B rows. Words and states have B * Q rows, image by image. Nothing of a memory is ever repeated Q times.
@@ -8,13 +10,15 @@ has B rows. Words and states have B * Q rows, image by image. Nothing of a memor
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Collection
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from captioner.attention import Additive, Annotations, Attention, Memory
+from captioner.attention import Additive, Annotations, Attention, Memory, MultiHead, join_heads, split_heads
 from captioner.errors import InputError
 
 State = tuple[Tensor, ...]
@@ -30,7 +34,7 @@ class Step(NamedTuple):
     state : tuple of Tensor
         B * Q rows each.
     weights : Tensor or None
-        (B, Q, N) attention.
+        (B, Q, N) attention, where it was asked for.
     gate : Tensor or None
         (B, Q), the gate beta.
     """
@@ -49,7 +53,7 @@ class Outputs(NamedTuple):
     outputs : Tensor
         (B * Q, T, E).
     weights : Tensor or None
-        (B, Q, T, N) attention.
+        (B, Q, T, N) attention, where it was asked for.
     gates : Tensor or None
         (B, Q, T), the gate beta.
     """
@@ -82,16 +86,101 @@ class Decoder(nn.Module):
         """Return the state before the first word, B * queries rows."""
         raise NotImplementedError
 
-    def step(self, word: Tensor, memory: Memory, state: State) -> Step:
+    def step(self, word: Tensor, memory: Memory, state: State, need_weights: bool = True) -> Step:
         """Take the embedding of the previous word (B * Q, E) and return the step to the next."""
         raise NotImplementedError
 
-    def forward(self, words: Tensor, memory: Memory) -> Outputs:
+    def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:
         """Teacher forcing: the steps over given words (B * Q, T, E), equal to :meth:`step` word by word."""
         raise NotImplementedError
 
 
-class LSTMDecoder(Decoder):
+class _Turn(NamedTuple):
+    """One turn of a recurrent decoder: Step without what can be computed for all words at once.
+
+    `spoken` is the state that the output layer reads (B * Q, H), `context` what it reads of the image (B * Q, C).
+    """
+
+    state: State
+    spoken: Tensor
+    context: Tensor
+    weights: Tensor | None
+    gate: Tensor | None
+
+
+class RecurrentDecoder(Decoder):
+    """What the LSTM and the GRU share: an attention, read once per turn, and as little else as possible in the loop.
+
+    Parameters
+    ----------
+    embedding_dim, annotation_dim : int
+        E and D.
+    attention : callable
+        Builds the attention from the sizes of its query (H) and of an annotation vector (D).
+    hidden_dim : int
+        H, size of the state.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        annotation_dim: int,
+        attention: Callable[[int, int], Attention],
+        hidden_dim: int,
+    ) -> None:
+        super().__init__(embedding_dim, annotation_dim)
+        self.attention, self.hidden_dim = attention(hidden_dim, annotation_dim), hidden_dim
+
+    def memory(self, annotations: Annotations) -> Memory:
+        """Return the first state (B, H) each, followed by the attention's memory."""
+        return *self._first_state(annotations), *self.attention.memory(annotations)
+
+    def start(self, memory: Memory, queries: int) -> State:
+        """Return the first state, (B * queries, H) each."""
+        return tuple(part.repeat_interleave(queries, 0) for part in memory[: self._states])
+
+    def step(self, word: Tensor, memory: Memory, state: State, need_weights: bool = True) -> Step:  # noqa: D102
+        turn = self._turn(self._word_gates(word), memory, state, need_weights)
+        return Step(self._output(word, turn.spoken, turn.context), turn.state, turn.weights, turn.gate)
+
+    def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:  # noqa: D102
+        state = self.start(memory, len(words) // len(memory[0]))
+        word_gates = self._word_gates(words)  # of all words at once: out of the loop
+        turns = []
+        for t in range(words.size(1)):
+            turns.append(self._turn(None if word_gates is None else word_gates[:, t], memory, state, need_weights))
+            state = turns[-1].state
+        _, spoken, contexts, weights, gates = zip(*turns, strict=True)
+        return Outputs(
+            self._output(words, torch.stack(spoken, 1), torch.stack(contexts, 1)),  # all turns at once, too
+            None if weights[0] is None else torch.stack(weights, 2),
+            None if gates[0] is None else torch.stack(gates, 2),
+        )
+
+    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the contexts (B * Q, C) and the weights (B, Q, N) of queries (B * Q, H)."""
+        images = len(memory[0])
+        context, weights = self.attention(query.view(images, -1, self.hidden_dim), memory[self._states :], need_weights)
+        return context.flatten(0, 1), weights
+
+    _states: int  # number of tensors in a state
+
+    def _first_state(self, annotations: Annotations) -> State:
+        raise NotImplementedError
+
+    def _word_gates(self, words: Tensor) -> Tensor | None:
+        """Return what words give to the gates, (..., gates): it depends on no state, so all words are taken at once."""
+        raise NotImplementedError
+
+    def _turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
+        raise NotImplementedError
+
+    def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:
+        """Return the outputs (..., E) from words (..., E), states (..., H) and contexts (..., C)."""
+        raise NotImplementedError
+
+
+class LSTMDecoder(RecurrentDecoder):
     """The LSTM with soft attention of Xu et al. (2015), every part of it switchable.
 
     Parameters
@@ -133,9 +222,8 @@ class LSTMDecoder(Decoder):
         deep_output: bool = True,
         first_state: Literal["mean", "zero"] = "mean",
     ) -> None:
-        super().__init__(embedding_dim, annotation_dim)
-        self.attention = attention(hidden_dim, annotation_dim)
-        self.hidden_dim, self.attend, self.feed_previous = hidden_dim, attend, feed_previous
+        super().__init__(embedding_dim, annotation_dim, attention, hidden_dim)
+        self.attend, self.feed_previous = attend, feed_previous
         self.deep_output, self.first_state = deep_output, first_state
         context_dim = self.attention.context_dim
         self.gate = gate and context_dim > 0
@@ -160,66 +248,31 @@ class LSTMDecoder(Decoder):
         sees_context = context_dim > 0 and (deep_output or attend == "after")
         self.context_to_output = nn.Linear(context_dim, embedding_dim, bias=False) if sees_context else None  # L_z
 
-    def memory(self, annotations: Annotations) -> Memory:
-        """Return the first h and c (B, H) followed by the attention's memory."""
-        if self.first_state == "mean":
-            mean = annotations.mean()
-            h, c = torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))
-        else:
-            h = c = annotations.values.new_zeros(len(annotations.values), self.hidden_dim)
-        return h, c, *self.attention.memory(annotations)
+    _states = 2  # h and c
 
-    def start(self, memory: Memory, queries: int) -> State:
-        """Return h_0 and c_0, (B * queries, H) each."""
-        h, c = memory[:2]
-        return h.repeat_interleave(queries, 0), c.repeat_interleave(queries, 0)
+    def _first_state(self, annotations: Annotations) -> State:
+        if self.first_state == "zero":
+            zeros = annotations.values.new_zeros(len(annotations.values), self.hidden_dim)
+            return zeros, zeros
+        mean = annotations.mean()
+        return torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))
 
-    def step(self, word: Tensor, memory: Memory, state: State) -> Step:  # noqa: D102
-        state, context, weights, gate = self._advance(self._word_gates(word), memory, state)
-        return Step(self._output(word, state[0], context), state, weights, gate)
-
-    def forward(self, words: Tensor, memory: Memory) -> Outputs:  # noqa: D102
-        images = len(memory[0])
-        state = self.start(memory, len(words) // images)
-        word_gates = self._word_gates(words)  # of all words at once: out of the loop
-        hs, contexts, all_weights, gates = [], [], [], []
-        for t in range(words.size(1)):
-            state, context, weights, gate = self._advance(
-                None if word_gates is None else word_gates[:, t], memory, state
-            )
-            hs.append(state[0])
-            contexts.append(context)
-            if weights is not None:
-                all_weights.append(weights)
-            if gate is not None:
-                gates.append(gate)
-        return Outputs(
-            self._output(words, torch.stack(hs, 1), torch.stack(contexts, 1)),  # all steps at once, too
-            torch.stack(all_weights, 2) if all_weights else None,
-            torch.stack(gates, 2) if gates else None,
-        )
-
-    def _advance(
-        self, word_gates: Tensor | None, memory: Memory, state: State
-    ) -> tuple[State, Tensor, Tensor | None, Tensor | None]:
-        """Return the next state, its context (B * Q, C), the weights (B, Q, N) and beta (B, Q)."""
+    def _turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
         h, c = state
         if self.attend == "before":
-            context, weights, gate = self._attend(h, memory)
+            context, weights, gate = self._see(h, memory, need_weights)
             h, c = self._recur(word_gates, torch.cat((context, h), 1), c)
         else:
             h, c = self._recur(word_gates, h, c)
-            context, weights, gate = self._attend(h, memory)
-        return (h, c), context, weights, gate
+            context, weights, gate = self._see(h, memory, need_weights)
+        return _Turn((h, c), h, context, weights, gate)
 
-    def _attend(self, h: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        images = len(memory[0])
-        context, weights = self.attention(h.view(images, -1, h.size(-1)), memory[2:])  # eq. 4 to 6, 13
-        context = context.flatten(0, 1)
+    def _see(self, h: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        context, weights = self._attend(h, memory, need_weights)  # eq. 4 to 6, 13
         if not self.gate:
             return context, weights, None
         beta = torch.sigmoid(self.beta(h))  # beta_t = sigmoid(f_beta(h_{t-1}))
-        return beta * context, weights, beta.view(images, -1)
+        return beta * context, weights, beta.view(len(memory[0]), -1)
 
     def _word_gates(self, words: Tensor) -> Tensor | None:
         return None if self.word_to_gates is None else self.word_to_gates(words)
@@ -232,11 +285,283 @@ class LSTMDecoder(Decoder):
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
         return torch.sigmoid(o) * torch.tanh(c), c  # eq. 3
 
-    def _output(self, words: Tensor, h: Tensor, context: Tensor) -> Tensor:
+    def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:
         """Return what L_o of eq. 7 is applied to; the tanh is the authors' code's, not the equation's."""
-        output = self.state_to_output(h)  # L_h h_t
+        output = self.state_to_output(spoken)  # L_h h_t
         if self.context_to_output is not None:
-            output = output + self.context_to_output(context)  # L_z z_t
+            output = output + self.context_to_output(contexts)  # L_z z_t
         if self.deep_output and self.feed_previous:
             output = output + words  # E y_{t-1}
         return torch.tanh(output)
+
+
+class GRUDecoder(RecurrentDecoder):
+    """The gated recurrent unit with attention of Bahdanau et al. (2015), appendix A.2.2, and its maxout output.
+
+    As the appendix prints it, the word y_i is scored from the state before it, s_{i-1}, and the context that this state
+    read; s_i carries both on to the next.
+
+    Parameters
+    ----------
+    embedding_dim, annotation_dim : int
+        E and D.
+    attention : callable
+        Builds the attention from the sizes of its query (H) and of an annotation vector (D).
+    hidden_dim : int
+        H, size of the state.
+    reset : {"before", "after"}
+        Where the reset gate acts: "before" the product with U, as in the paper (Cho et al., 2014), or "after" it, as in
+        :class:`torch.nn.GRUCell` and cuDNN, whose weights then fit (z counts the other way round there).
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        annotation_dim: int,
+        *,
+        attention: Callable[[int, int], Attention] = Additive,
+        hidden_dim: int = 512,
+        reset: Literal["before", "after"] = "before",
+    ) -> None:
+        super().__init__(embedding_dim, annotation_dim, attention, hidden_dim)
+        self.reset = reset
+        context_dim = self.attention.context_dim
+        self.init_s = nn.Linear(annotation_dim, hidden_dim)  # W_s
+        # Three in one each: for z, for r and for the candidate.
+        self.word_to_gates = nn.Linear(embedding_dim, 3 * hidden_dim, bias=False)  # W_z, W_r, W
+        self.state_to_gates = nn.Linear(hidden_dim, 3 * hidden_dim)  # U_z, U_r, U
+        self.word_to_output = nn.Linear(embedding_dim, 2 * embedding_dim, bias=False)  # V_o
+        self.state_to_output = nn.Linear(hidden_dim, 2 * embedding_dim)  # U_o
+        self.sees = context_dim > 0
+        if self.sees:
+            self.context_to_gates = nn.Linear(context_dim, 3 * hidden_dim, bias=False)  # C_z, C_r, C
+            self.context_to_output = nn.Linear(context_dim, 2 * embedding_dim, bias=False)  # C_o
+
+    _states = 1
+
+    def _first_state(self, annotations: Annotations) -> State:
+        return (torch.tanh(self.init_s(annotations.mean())),)  # s_0; the mean stands for the backward RNN's last state
+
+    def _word_gates(self, words: Tensor) -> Tensor:
+        gates: Tensor = self.word_to_gates(words)
+        return gates
+
+    def _turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
+        (s,) = state
+        context, weights = self._attend(s, memory, need_weights)
+        assert word_gates is not None
+        gates = word_gates + self.context_to_gates(context) if self.sees else word_gates
+        return _Turn((self._recur(gates, s),), s, context, weights, None)
+
+    def _recur(self, gates: Tensor, s: Tensor) -> Tensor:
+        """Return s_i from s_{i-1} and what word and context give to the gates and the candidate (B * Q, 3 * H)."""
+        z_and_r, candidate = gates.tensor_split((2 * self.hidden_dim,), -1)
+        weight, bias = self.state_to_gates.weight, self.state_to_gates.bias
+        z_and_r_weight, candidate_weight = weight.tensor_split((2 * self.hidden_dim,))
+        z_and_r_bias, candidate_bias = bias.tensor_split((2 * self.hidden_dim,))
+        z, r = torch.sigmoid(z_and_r + F.linear(s, z_and_r_weight, z_and_r_bias)).chunk(2, -1)
+        if self.reset == "before":
+            recurrent = F.linear(r * s, candidate_weight, candidate_bias)  # U [r_i * s_{i-1}]
+        else:
+            recurrent = r * F.linear(s, candidate_weight, candidate_bias)
+        return (1 - z) * s + z * torch.tanh(candidate + recurrent)
+
+    def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:
+        """Return t_i, the maximum of each pair of values of U_o s_{i-1} + V_o E y_{i-1} + C_o c_i."""
+        pairs = self.state_to_output(spoken) + self.word_to_output(words)
+        if self.sees:
+            pairs = pairs + self.context_to_output(contexts)
+        output: Tensor = pairs.view(*pairs.shape[:-1], -1, 2).amax(-1)
+        return output
+
+
+class TransformerDecoder(Decoder):
+    """The decoder of Vaswani et al. (2017), section 3, whose source is an image: its width is that of the embedding, E.
+
+    The state of a step is the keys and values of the words so far, so that a step costs one word and not the whole
+    caption. The weights given are those of the last layer's attention over the regions, mean over the heads;
+    :meth:`head_weights` gives all.
+
+    Parameters
+    ----------
+    embedding_dim, annotation_dim : int
+        E and D.
+    layers : int
+        Number of layers.
+    heads : int
+        Heads of each attention; must divide E.
+    feed_forward_dim : int, optional
+        Size between the two products of the feed-forward network; 4 E by default, as in the paper.
+    positions : {"sinusoidal", "learned"}
+        How words know their place (section 3.5).
+    max_words : int
+        Number of places that learned positions have; sinusoidal ones have no end.
+    norm_first : bool
+        Normalise what enters a sublayer (pre-norm, Xiong et al., 2020), which trains without a long warm-up; False: the
+        sum behind it (post-norm), as in the paper.
+    dropout : float
+        Share of values dropped from the words with their positions, inside the feed-forward network and from what each
+        sublayer adds.
+
+    Raises
+    ------
+    InputError
+        Where `heads` does not divide E or there is no layer; from a caption longer than learned positions reach.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        annotation_dim: int,
+        *,
+        layers: int = 3,
+        heads: int = 8,
+        feed_forward_dim: int | None = None,
+        positions: Literal["sinusoidal", "learned"] = "sinusoidal",
+        max_words: int = 128,
+        norm_first: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(embedding_dim, annotation_dim)
+        if layers < 1:
+            raise InputError(f"A Transformer of {layers} layers says nothing: set the decoder's layers to 1 or more.")
+        if heads < 1 or embedding_dim % heads:
+            raise InputError(
+                f"The Transformer cannot split an embedding of {embedding_dim} values into {heads} heads: set the "
+                f"decoder's heads to a divisor of {embedding_dim}, or embedding_dim to a multiple of the heads."
+            )
+        self.layers, self.heads, self.positions, self.max_words = layers, heads, positions, max_words
+        self.feed_forward_dim = feed_forward_dim or 4 * embedding_dim
+        self.norm_first, self.dropout = norm_first, dropout
+        self.drop = nn.Dropout(dropout)
+        if positions == "learned":
+            self.position = nn.Parameter(torch.randn(max_words, embedding_dim))  # as large as the scaled words
+        sizes = embedding_dim, annotation_dim, heads, self.feed_forward_dim
+        self.stack = nn.ModuleList(TransformerLayer(*sizes, norm_first, dropout) for _ in range(layers))
+        # The sums of pre-norm layers grow with depth, so the last one is normalised, too.
+        self.norm = nn.LayerNorm(embedding_dim) if norm_first else nn.Identity()
+
+    def memory(self, annotations: Annotations) -> Memory:
+        """Return each layer's keys and values (B, heads, N, E / heads) and the existing regions (B, N)."""
+        layers = cast("list[TransformerLayer]", self.stack)
+        return tuple(part for layer in layers for part in layer.cross_attention.memory(annotations))
+
+    def start(self, memory: Memory, queries: int) -> State:
+        """Return each layer's keys and values of the words so far, (B * queries, heads, 0, E / heads): none."""
+        keys = memory[0]
+        return (keys.new_empty(len(keys) * queries, self.heads, 0, keys.size(-1)),) * 2 * self.layers
+
+    def step(self, word: Tensor, memory: Memory, state: State, need_weights: bool = True) -> Step:  # noqa: D102
+        outputs, state, weights = self._run(word[:, None], memory, state, (self.layers - 1,) if need_weights else ())
+        return Step(outputs[:, 0], state, weights[0].mean(1)[:, :, 0] if weights else None, None)
+
+    def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:  # noqa: D102
+        state = self.start(memory, len(words) // len(memory[0]))
+        outputs, _, weights = self._run(words, memory, state, (self.layers - 1,) if need_weights else ())
+        return Outputs(outputs, weights[0].mean(1) if weights else None, None)
+
+    def head_weights(self, words: Tensor, memory: Memory) -> Tensor:
+        """Return the (B, Q, layers, heads, T, N) attention of all layers and heads over given words (B * Q, T, E)."""
+        state = self.start(memory, len(words) // len(memory[0]))
+        _, _, weights = self._run(words, memory, state, range(self.layers))
+        return torch.stack(weights, 1).movedim(3, 1)
+
+    def _run(
+        self, words: Tensor, memory: Memory, state: State, wanted: Collection[int]
+    ) -> tuple[Tensor, State, list[Tensor]]:
+        """Take the next words (B * Q, T, E); return outputs, state and (B, heads, Q, T, N) for each wanted layer."""
+        said = state[0].size(2)
+        x = self.drop(words * math.sqrt(self.embedding_dim) + self._positions(words, said))
+        following: list[Tensor] = []
+        weights: list[Tensor] = []
+        seen = len(memory) // self.layers  # tensors of one layer's memory
+        for index, layer in enumerate(self.stack):
+            past = state[2 * index : 2 * index + 2]
+            x, past, looked = layer(x, past, memory[seen * index : seen * index + seen], index in wanted)
+            following += past
+            if looked is not None:
+                weights.append(looked.view(*looked.shape[:2], -1, words.size(1), looked.size(-1)))
+        return self.norm(x), tuple(following), weights
+
+    def _positions(self, words: Tensor, first: int) -> Tensor:
+        """Return the (T, E) positions of words, the first of which has `first` words before it."""
+        last = first + words.size(1)
+        if self.positions == "sinusoidal":
+            return sinusoidal_positions(first, last, self.embedding_dim, words)
+        if last > self.max_words:
+            raise InputError(
+                f"A caption of {last} words is longer than the {self.max_words} learned positions of the decoder: set "
+                "its max_words higher and train again, or its positions to sinusoidal."
+            )
+        return self.position[first:last]
+
+
+def sinusoidal_positions(first: int, last: int, dim: int, like: Tensor) -> Tensor:
+    """Return the (last - first, dim) positions of Vaswani et al. (2017), section 3.5, on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    place = torch.arange(first, last, device=like.device, dtype=dtype)
+    even = torch.arange(0, dim, 2, device=like.device, dtype=dtype)
+    angle = place[:, None] * torch.exp(even * (-math.log(10000.0) / dim))
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :dim].to(like.dtype)
+
+
+class TransformerLayer(nn.Module):
+    """One layer of :class:`TransformerDecoder`: the words so far, the regions, a feed-forward network (section 3.1)."""
+
+    def __init__(
+        self, dim: int, annotation_dim: int, heads: int, feed_forward_dim: int, norm_first: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.self_attention = CausalSelfAttention(dim, heads)
+        self.cross_attention = MultiHead(dim, annotation_dim, heads=heads, dim=dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, feed_forward_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feed_forward_dim, dim)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, past: State, memory: Memory, need_weights: bool
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Take the next words (B * Q, T, E) and return them, the keys and values so far, and (B, heads, Q * T, N)."""
+        heard, past = self.self_attention(self._enter(x, 0), past)
+        x = self._leave(x, heard, 0)
+        # All words of all captions of an image are queries of one call.
+        query = self._enter(x, 1).reshape(len(memory[0]), -1, x.size(-1))
+        if need_weights:
+            weights = self.cross_attention.weigh(query, memory)
+            context = self.cross_attention.read(weights, memory)
+        else:
+            weights, context = None, self.cross_attention.contexts(query, memory)
+        x = self._leave(x, context.view_as(x), 1)
+        return self._leave(x, self.feed_forward(self._enter(x, 2)), 2), past, weights
+
+    def _enter(self, x: Tensor, sublayer: int) -> Tensor:
+        return self.norms[sublayer](x) if self.norm_first else x
+
+    def _leave(self, x: Tensor, change: Tensor, sublayer: int) -> Tensor:
+        x = x + self.drop(change)
+        return x if self.norm_first else self.norms[sublayer](x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each word reads itself and the words before it, by several heads (Vaswani et al., 2017, section 3.2.3)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(dim, 3 * dim)  # queries, keys, values
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, past: State) -> tuple[Tensor, State]:
+        """Take the next words (B * Q, T, E) and the keys and values of those before, (B * Q, heads, P, E / heads) each.
+
+        Either there are none before (P = 0) or there is one next (T = 1).
+        """
+        queries, *now = (split_heads(part, self.heads) for part in self.project(x).chunk(3, -1))
+        keys, values = (torch.cat(both, 2) for both in zip(past, now, strict=True))
+        # One word after all others sees them all.
+        causal = queries.size(2) > 1
+        read = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
+        return self.output(join_heads(read)), (keys, values)

@@ -25,7 +25,7 @@ from captioner.metrics import score_captions
 from captioner.model import Caption, Captioner
 from captioner.overlay import draw_overlay
 from captioner.scenes import UNSEEN_PAIRS, Mention, Scene, judge, pointing, read_scenes, write_scenes
-from captioner.training import train
+from captioner.training import check_files, train
 
 SIZES = {"train": 8000, "val": 200, "seen": 500, "unseen": 500}
 BEAM_SIZE = 5
@@ -100,7 +100,7 @@ def score_scenes(
     )
 
 
-def run(output: Path, seed: int, started: float) -> None:
+def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -> None:
     """Draw scenes, train, score, caption and overlay, all under one folder.
 
     Parameters
@@ -111,20 +111,26 @@ def run(output: Path, seed: int, started: float) -> None:
         Of scenes and training.
     started : float
         When the command began, by `time.monotonic`.
+    configs : sequence of Path
+        YAML files laid over the recipe, in this order: another decoder, another bridge.
 
     Raises
     ------
     InputError
-        Where the folder holds something that is not the demo's.
+        Where the folder holds something that is not the demo's, or a configuration is none.
     """
     console = Console()
+    arguments = ["fit"]
+    for config in (recipe("scenes.yaml"), *configs):
+        arguments += ["--config", str(config)]
+    check_files(arguments)
     _claim(output)
     scenes = output / "scenes"
     with Progress(console=console) as progress:
         bar = progress.add_task("Drawing scenes", total=sum(SIZES.values()))
         write_scenes(scenes, SIZES, seed, progress=lambda number: progress.update(bar, completed=number))
 
-    arguments = ["fit", "--config", str(recipe("scenes.yaml")), "--data.files.root", str(scenes)]
+    arguments += ["--data.files.root", str(scenes)]
     arguments += ["--trainer.default_root_dir", str(output / "runs"), "--seed_everything", str(seed)]
     precision = _faster_precision()
     arguments += ["--trainer.precision", precision]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,13 @@ def intervene(model: Captioner, change: Change) -> Iterator[None]:
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     for attention in attentions:
         attention.weigh = _changed(attention.weigh, change)  # type: ignore[method-assign, assignment]
+        # A fused kernel would form no weights that could be replaced.
+        attention.contexts = partial(Attention.contexts, attention)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for attention in attentions:
-            del attention.weigh  # the class's own shows again
+            del attention.weigh, attention.contexts  # the class's own show again
 
 
 def _changed(weigh: Callable[[Tensor, Memory], Tensor], change: Change) -> Callable[[Tensor, Memory], Tensor]:

@@ -41,7 +41,10 @@ PARTS: dict[str, type] = {
         attention.Uniform,
         bridges.LinearBridge,
         bridges.NoBridge,
+        bridges.TransformerBridge,
+        decoders.GRUDecoder,
         decoders.LSTMDecoder,
+        decoders.TransformerDecoder,
         encoders.ForeignEncoder,
         encoders.ResNet,
         encoders.SmallCNN,
@@ -165,13 +168,14 @@ class Captioner(nn.Module):
         self.embedding_dim, self.dropout, self.tie_weights = embedding_dim, dropout, tie_weights
         self.bridge = bridge(self.encoder.annotation_dim)
         self.embedding = nn.Embedding(len(vocabulary), embedding_dim, padding_idx=PAD)
+        # A word's vector is about as long as 1, whatever E: a matrix of unit variance, tied to the output layer, would
+        # make the first scores enormous, and the Transformer scales its words by sqrt(E) itself.
+        nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
+        nn.init.zeros_(self.embedding.weight[PAD].detach())
         self.decoder = decoder(embedding_dim, self.bridge.annotation_dim)
         self.output = nn.Linear(embedding_dim, len(vocabulary))  # L_o of eq. 7
         self.drop = nn.Dropout(dropout)
         if tie_weights:
-            # Scaled for its use as the output's; an embedding of unit variance would make the first scores enormous.
-            nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
-            nn.init.zeros_(self.embedding.weight[PAD].detach())
             self.output.weight = self.embedding.weight
 
     @property
@@ -195,7 +199,9 @@ class Captioner(nn.Module):
         """Return what the decoder remembers of the images: B rows, computed once per image."""
         return self.decoder.memory(self.bridge(annotations))
 
-    def forward(self, annotations: Annotations, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(
+        self, annotations: Annotations, tokens: Tensor, need_weights: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Score given captions: teacher forcing.
 
         Parameters
@@ -204,6 +210,8 @@ class Captioner(nn.Module):
             Of B images.
         tokens : Tensor
             (B, Q, T + 1) ids, from ``<bos>`` on, padded.
+        need_weights : bool
+            Return the attention, too, which fused kernels never form.
 
         Returns
         -------
@@ -215,13 +223,13 @@ class Captioner(nn.Module):
             (B, Q, T), the gate beta.
         """
         words = self.drop(self.embedding(tokens[..., :-1].flatten(0, 1)))  # (B * Q, T, E)
-        outputs, weights, gates = self.decoder(words, self.memory(annotations))
+        outputs, weights, gates = self.decoder(words, self.memory(annotations), need_weights)
         logits = self.output(self.drop(outputs)).unflatten(0, tokens.shape[:2])
         return logits, weights, gates
 
     def step(self, words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
         """Return the log-probabilities (B * Q, V) of the words after `words` (B * Q,), and the next state."""
-        step = self.decoder.step(self.drop(self.embedding(words)), memory, state)
+        step = self.decoder.step(self.drop(self.embedding(words)), memory, state, need_weights=False)
         logits = self.output(self.drop(step.output))
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), step.state
 

@@ -39,6 +39,11 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.label_smoothing, self.doubly_stochastic = label_smoothing, doubly_stochastic
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the attention enters the loss."""
+        return self.doubly_stochastic != 0
+
     def forward(
         self, logits: Tensor, targets: Tensor, weights: Tensor | None = None, mask: Tensor | None = None
     ) -> Loss:

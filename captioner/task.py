@@ -44,9 +44,9 @@ class CaptioningTask(LightningModule):
     encoder : nn.Module
         VGG16, ResNet, SmallCNN, or ForeignEncoder around any other module.
     bridge : callable
-        What stands between encoder and decoder: LinearBridge or NoBridge.
+        What stands between encoder and decoder: LinearBridge, TransformerBridge or NoBridge.
     decoder : callable
-        LSTMDecoder, with its attention among its settings.
+        LSTMDecoder, GRUDecoder or TransformerDecoder; an attention is among the settings of the first two.
     embedding_dim : int
         Size of a word's embedding.
     dropout : float
@@ -185,7 +185,7 @@ class CaptioningTask(LightningModule):
         """Return the objective of a batch."""
         assert batch.tokens is not None
         annotations = self._annotations(batch)
-        logits, weights, _ = self.captioner(annotations, batch.tokens)
+        logits, weights, _ = self.captioner(annotations, batch.tokens, self.objective.needs_weights)
         loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
         total: Tensor = loss.total
         parts = {"cross_entropy": loss.cross_entropy, "attention": loss.attention}

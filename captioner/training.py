@@ -185,7 +185,7 @@ def train(args: Sequence[str]) -> TrainingCLI:
     torch.set_float32_matmul_precision("high")
     _quiet()
     if args[1:] and not {"-h", "--help", "--print_config"} & set(args):
-        _check_files(args)
+        check_files(args)
     try:
         cli = TrainingCLI(
             CaptioningTask,
@@ -232,7 +232,7 @@ def _quiet() -> None:
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
 
 
-def _check_files(args: Sequence[str]) -> None:
+def check_files(args: Sequence[str]) -> None:
     """See that the configuration files can be read, which the libraries below report at length."""
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, _, joined = flag.partition("=")
