@@ -49,10 +49,10 @@ class SceneScores(NamedTuple):
         Share of captions that name a colour-shape pair which training never showed.
     new_pair_right : float
         Share of those that are right: a caption of a scene with a new pair may avoid it.
-    pointing : float
+    pointing : float or None
         Share of colour and shape words whose strongest region overlaps the box of the object that they speak of; a word
-        for an object that is not there counts as a miss.
-    pointing_uniform : float
+        for an object that is not there counts as a miss. None where there is no attention.
+    pointing_uniform : float or None
         What a uniform map reaches on the same words, by chance.
     """
 
@@ -62,8 +62,8 @@ class SceneScores(NamedTuple):
     right_shuffled: float
     new_pair_named: float
     new_pair_right: float
-    pointing: float
-    pointing_uniform: float
+    pointing: float | None
+    pointing_uniform: float | None
 
 
 def score_scenes(
@@ -86,8 +86,8 @@ def score_scenes(
     new = [judgement for judgement in judgements if any(_is_new(mention) for mention in judgement.mentions)]
     pointings = []
     for caption, judgement, scene in zip(captions, judgements, scenes, strict=True):
-        assert caption.attention is not None and caption.grid is not None, "the demo's decoder attends over a grid"
-        pointings += pointing(judgement, caption.attention.numpy(), caption.grid, scene)
+        if caption.attention is not None and caption.grid is not None:
+            pointings += pointing(judgement, caption.attention.numpy(), caption.grid, scene)
     return SceneScores(
         bleu4=scores["BLEU-4"].corpus,
         cider_d=scores["CIDEr-D"].corpus,
@@ -95,8 +95,8 @@ def score_scenes(
         right_shuffled=float(np.mean(shuffled)) if shuffled else 0.0,
         new_pair_named=len(new) / len(judgements),
         new_pair_right=float(np.mean([judgement.right for judgement in new])) if new else 0.0,
-        pointing=float(np.mean([point.hit for point in pointings])) if pointings else 0.0,
-        pointing_uniform=float(np.mean([point.chance for point in pointings])) if pointings else 0.0,
+        pointing=float(np.mean([point.hit for point in pointings])) if pointings else None,
+        pointing_uniform=float(np.mean([point.chance for point in pointings])) if pointings else None,
     )
 
 
@@ -153,7 +153,8 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
         console.print(f"\n{split}: {'with' if split == 'unseen' else 'without'} a colour-shape pair new to the model")
         for record, caption in list(zip(records, captions, strict=True))[:OVERLAYS]:
             picture = overlays / f"{split}-{record.path.stem}.png"
-            draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
+            if caption.attention is not None:
+                draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
             console.print(f"  {record.path.name}  {caption.text}", highlight=False, soft_wrap=True)
     results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision}
     results["seconds"] = round(time.monotonic() - started, 1)
@@ -214,5 +215,5 @@ def _print(console: Console, results: dict[str, object]) -> None:
         table.add_column(split, justify="right")
     for name in ("images", *SceneScores._fields):
         values = [results[split][name] for split in ("seen", "unseen")]  # type: ignore[index]
-        table.add_row(name, *(str(value) if name == "images" else f"{value:.3f}" for value in values))
+        table.add_row(name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)

@@ -72,6 +72,27 @@ def test_the_demo_runs_to_its_end_on_few_scenes(tmp_path, monkeypatch, capsys):
     assert Path(checkpoint).is_file()
 
 
+def test_another_decoder_is_laid_over_the_recipe_and_without_attention_points_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SIZES", {"train": 40, "val": 6, "seen": 5, "unseen": 5})
+    brief, blind = tmp_path / "brief.yaml", tmp_path / "blind.yaml"
+    brief.write_text("trainer:\n  max_epochs: 2\n")
+    blind.write_text("model:\n  decoder:\n    class_path: GRUDecoder\n    init_args:\n      attention: NoAttention\n")
+    output = tmp_path / "demo"
+    assert main(["demo", "--output", str(output), "--config", str(brief), "--config", str(blind)]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert results["seen"]["pointing"] is None and results["seen"]["bleu4"] >= 0
+    checkpoint = Path(capsys.readouterr().out.split("Checkpoint  ")[1].split()[0])
+    decoder = demo.Captioner.from_checkpoint(checkpoint).decoder
+    assert type(decoder).__name__ == "GRUDecoder" and decoder.hidden_dim == 192  # the recipe's own size is kept
+    assert not list((output / "overlays").iterdir())
+
+
+def test_a_configuration_that_is_not_there_is_one_sentence_and_nothing_is_drawn(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "demo"), "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "There is no file" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_the_demo_touches_no_folder_of_others(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("all of it")
     assert main(["demo", "--output", str(tmp_path)]) == 2

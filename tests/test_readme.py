@@ -1,10 +1,12 @@
 """The README's commands and the recipes mean something to the program as it is."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from captioner.cli import main
 
@@ -12,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner fit" in line]
+PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 FLAGS = re.findall(r"^\|[^|]*\| `(--[^`]*)`", README, re.MULTILINE)
 
 
@@ -32,6 +35,24 @@ def test_each_recipe_is_understood(recipe, capsys):
 def test_each_recipe_says_what_it_is_for(recipe):
     header = "".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
     assert all(word in header for word in ("Purpose", "Command", "Time", "Reached"))
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_each_decoder_and_bridge_is_laid_over_each_recipe(recipe, capsys):
+    parts = {path.parent.name: [] for path in PARTS}
+    for path in PARTS:
+        assert path.read_text().startswith("# ")
+        parts[path.parent.name].append(path)
+    for decoder, bridge in itertools.product(parts["decoders"], parts["bridges"]):
+        files = ["--config", str(recipe), "--config", str(decoder), "--config", str(bridge)]
+        model = yaml.safe_load(print_config(["fit", *files], capsys))["model"]
+        for part, path in (("decoder", decoder), ("bridge", bridge)):
+            given = yaml.safe_load(path.read_text())["model"][part]
+            assert model[part]["class_path"].endswith(f".{given['class_path']}")
+            assert given.get("init_args", {}).items() <= model[part]["init_args"].items()
+        # What the recipe says of the part before, such as its size, holds for the one that takes its place.
+        dim = yaml.safe_load(recipe.read_text())["model"]["bridge"]["init_args"]["dim"]
+        assert model["bridge"]["init_args"]["dim"] == dim
 
 
 @pytest.mark.parametrize("command", COMMANDS)
