@@ -435,7 +435,7 @@ class TransformerDecoder(Decoder):
         self.norm_first, self.dropout = norm_first, dropout
         self.drop = nn.Dropout(dropout)
         if positions == "learned":
-            self.position = nn.Parameter(torch.randn(max_words, embedding_dim))  # as large as the scaled words
+            self.position = nn.Parameter(torch.randn(max_words, embedding_dim))  # as large as the words
         sizes = embedding_dim, annotation_dim, heads, self.feed_forward_dim
         self.stack = nn.ModuleList(TransformerLayer(*sizes, norm_first, dropout) for _ in range(layers))
         # The sums of pre-norm layers grow with depth, so the last one is normalised, too.
@@ -471,7 +471,10 @@ class TransformerDecoder(Decoder):
     ) -> tuple[Tensor, State, list[Tensor]]:
         """Take the next words (B * Q, T, E); return outputs, state and (B, heads, Q, T, N) for each wanted layer."""
         said = state[0].size(2)
-        x = self.drop(words * math.sqrt(self.embedding_dim) + self._positions(words, said))
+        # Section 3.4 scales words by sqrt(E), to unit variance where the matrix is the output layer's, too. A matrix of
+        # the embedding's own has unit variance from the start, so each word is scaled by its own length instead.
+        words = F.rms_norm(words, (self.embedding_dim,))
+        x = self.drop(words + self._positions(words, said))
         following: list[Tensor] = []
         weights: list[Tensor] = []
         seen = len(memory) // self.layers  # tensors of one layer's memory

@@ -156,7 +156,7 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
             if caption.attention is not None:
                 draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
             console.print(f"  {record.path.name}  {caption.text}", highlight=False, soft_wrap=True)
-    results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision}
+    results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision, "configs": list(map(str, configs))}
     results["seconds"] = round(time.monotonic() - started, 1)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _print(console, results)

@@ -168,14 +168,13 @@ class Captioner(nn.Module):
         self.embedding_dim, self.dropout, self.tie_weights = embedding_dim, dropout, tie_weights
         self.bridge = bridge(self.encoder.annotation_dim)
         self.embedding = nn.Embedding(len(vocabulary), embedding_dim, padding_idx=PAD)
-        # A word's vector is about as long as 1, whatever E: a matrix of unit variance, tied to the output layer, would
-        # make the first scores enormous, and the Transformer scales its words by sqrt(E) itself.
-        nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
-        nn.init.zeros_(self.embedding.weight[PAD].detach())
         self.decoder = decoder(embedding_dim, self.bridge.annotation_dim)
         self.output = nn.Linear(embedding_dim, len(vocabulary))  # L_o of eq. 7
         self.drop = nn.Dropout(dropout)
         if tie_weights:
+            # Scaled for its use as the output's; an embedding of unit variance would make the first scores enormous.
+            nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
+            nn.init.zeros_(self.embedding.weight[PAD].detach())
             self.output.weight = self.embedding.weight
 
     @property

@@ -27,7 +27,7 @@ from captioner.task import CaptioningTask
 
 MONITOR = "val/CIDEr-D"
 EXAMPLES = """\
-Three examples:
+Four examples:
 
   captioner fit --config configs/flickr8k.yaml --data.files.root data/flickr8k
       trains the recipe on Flickr8k's official files
@@ -35,6 +35,9 @@ Three examples:
   captioner fit --config configs/flickr8k.yaml --data.files COCOCaptions --data.files.root data/coco \\
       --data.val_split val --model.decoder.attention MultiHead
       the same recipe on COCO's files, with another attention
+
+  captioner fit --config configs/flickr8k.yaml --config configs/decoders/transformer.yaml
+      the same recipe with another decoder
 
   captioner test --config runs/2026-01-31_12-00-00/config.yaml \\
       --ckpt_path runs/2026-01-31_12-00-00/checkpoints/best.ckpt --data.test_split dev

@@ -140,7 +140,7 @@ def test_help_begins_with_three_examples(capsys):
         main(["fit", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith("Three examples:") and text.index("  captioner fit --config") < text.index("usage:")
+    assert text.startswith("Four examples:") and text.index("  captioner fit --config") < text.index("usage:")
     assert text[: text.index("usage:")].count("\n  captioner ") == 3
 
 
