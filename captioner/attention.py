@@ -222,7 +222,7 @@ class MultiHead(Attention):
 
     def __init__(self, query_dim: int, annotation_dim: int, *, heads: int = 8, dim: int = 512) -> None:
         super().__init__(query_dim, annotation_dim)
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise InputError(
                 f"MultiHead attention cannot split dim {dim} into {heads} heads: choose a divisor of {dim}."
             )

@@ -71,8 +71,9 @@ class TransformerBridge(Bridge):
     """A linear bridge, and behind it regions that read each other: the encoder of Vaswani et al. (2017), section 3.1.
 
     With :class:`~captioner.decoders.TransformerDecoder` behind it, it makes the whole Transformer of the paper, whose
-    source is an image. What a region's vector says is then no longer of that region alone, so a map of attention over
-    them is a looser statement about places.
+    source is an image: what stands for words there is :class:`LinearBridge` here. The layers are torch's, which drop
+    attention weights and values inside the feed-forward network, too. What a region's vector says is then no longer of
+    that region alone, so a map of attention over them is a looser statement about places.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ class TransformerBridge(Bridge):
     Raises
     ------
     InputError
-        Where `heads` does not divide `dim`, or there is no layer.
+        Where a setting is out of its range; from the regions of no grid, if positions are asked for.
     """
 
     def __init__(
@@ -116,20 +117,25 @@ class TransformerBridge(Bridge):
         layer_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise InputError(f"A TransformerBridge of {layers} layers is LinearBridge: set layers to 1 or more.")
+        feed_forward_dim = 4 * dim if feed_forward_dim is None else feed_forward_dim
+        if min(dim, layers, feed_forward_dim) < 1 or not (0 <= dropout < 1 and 0 <= layer_dropout < 1):
+            raise InputError(
+                f"There is no TransformerBridge of dim {dim}, {layers} layers, feed_forward_dim {feed_forward_dim}, "
+                f"dropout {dropout} and layer_dropout {layer_dropout}: give at least 1 of the first three, and from 0 "
+                "to below 1 of the others."
+            )
         if heads < 1 or dim % heads:
             raise InputError(
                 f"The TransformerBridge cannot split dim {dim} into {heads} heads: choose a divisor of {dim}."
             )
         self.annotation_dim, self.dim, self.dropout, self.positions = dim, dim, dropout, positions
-        self.layers, self.heads, self.feed_forward_dim = layers, heads, feed_forward_dim or 4 * dim
+        self.layers, self.heads, self.feed_forward_dim = layers, heads, feed_forward_dim
         self.norm_first, self.layer_dropout = norm_first, layer_dropout
         self.projection = LinearBridge(annotation_dim, dim=dim, dropout=dropout, positions=positions)
         # Not nn.TransformerEncoder, whose layers would all begin with the same weights.
         self.stack = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                dim, heads, self.feed_forward_dim, layer_dropout, norm_first=norm_first, batch_first=True
+                dim, heads, feed_forward_dim, layer_dropout, norm_first=norm_first, batch_first=True
             )
             for _ in range(layers)
         )

@@ -72,7 +72,15 @@ class Decoder(nn.Module):
         E, size of a word's embedding and of a step's output.
     annotation_dim : int
         D, size of the annotation vectors it attends over.
+
+    Attributes
+    ----------
+    scales_words : bool
+        Whether the decoder wants words of unit variance, those of an embedding that is the output layer's, too, scaled
+        by sqrt(E).
     """
+
+    scales_words = False
 
     def __init__(self, embedding_dim: int, annotation_dim: int) -> None:
         super().__init__()
@@ -87,12 +95,23 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def step(self, word: Tensor, memory: Memory, state: State, need_weights: bool = True) -> Step:
-        """Take the embedding of the previous word (B * Q, E) and return the step to the next."""
+        """Take the embedding of the previous word (B * Q, E) and return the step to the next.
+
+        Without `need_weights` the step carries none, and attention that can be fused is.
+        """
         raise NotImplementedError
 
     def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:
         """Teacher forcing: the steps over given words (B * Q, T, E), equal to :meth:`step` word by word."""
         raise NotImplementedError
+
+    def head_weights(self, words: Tensor, memory: Memory) -> Tensor | None:
+        """Return the attention of every layer and head over given words (B * Q, T, E): (B, Q, layers, heads, T, N).
+
+        A decoder of one attention gives the weights of :meth:`forward` as those of one layer and one head.
+        """
+        weights = self(words, memory).weights
+        return None if weights is None else weights[:, :, None, None]
 
 
 class _Turn(NamedTuple):
@@ -298,8 +317,9 @@ class LSTMDecoder(RecurrentDecoder):
 class GRUDecoder(RecurrentDecoder):
     """The gated recurrent unit with attention of Bahdanau et al. (2015), appendix A.2.2, and its maxout output.
 
-    As the appendix prints it, the word y_i is scored from the state before it, s_{i-1}, and the context that this state
-    read; s_i carries both on to the next.
+    As that appendix prints it, what scores the word y_i reads the state before it, s_{i-1}, and the context that this
+    state read; s_i carries both on to the next word. (Its section 3.1 writes g(y_{i-1}, s_i, c_i).) The appendix does
+    not number its equations; the comments print them.
 
     Parameters
     ----------
@@ -327,9 +347,9 @@ class GRUDecoder(RecurrentDecoder):
         self.reset = reset
         context_dim = self.attention.context_dim
         self.init_s = nn.Linear(annotation_dim, hidden_dim)  # W_s
-        # Three in one each: for z, for r and for the candidate.
-        self.word_to_gates = nn.Linear(embedding_dim, 3 * hidden_dim, bias=False)  # W_z, W_r, W
-        self.state_to_gates = nn.Linear(hidden_dim, 3 * hidden_dim)  # U_z, U_r, U
+        self.word_to_gates = nn.Linear(embedding_dim, 3 * hidden_dim)  # W_z, W_r, W
+        self.state_to_gates = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)  # U_z, U_r
+        self.state_to_candidate = nn.Linear(hidden_dim, hidden_dim, bias=reset == "after")  # U
         self.word_to_output = nn.Linear(embedding_dim, 2 * embedding_dim, bias=False)  # V_o
         self.state_to_output = nn.Linear(hidden_dim, 2 * embedding_dim)  # U_o
         self.sees = context_dim > 0
@@ -340,7 +360,8 @@ class GRUDecoder(RecurrentDecoder):
     _states = 1
 
     def _first_state(self, annotations: Annotations) -> State:
-        return (torch.tanh(self.init_s(annotations.mean())),)  # s_0; the mean stands for the backward RNN's last state
+        # s_0 = tanh(W_s h_1); the mean annotation stands for the last state of the paper's backward encoder.
+        return (torch.tanh(self.init_s(annotations.mean())),)
 
     def _word_gates(self, words: Tensor) -> Tensor:
         gates: Tensor = self.word_to_gates(words)
@@ -354,20 +375,16 @@ class GRUDecoder(RecurrentDecoder):
         return _Turn((self._recur(gates, s),), s, context, weights, None)
 
     def _recur(self, gates: Tensor, s: Tensor) -> Tensor:
-        """Return s_i from s_{i-1} and what word and context give to the gates and the candidate (B * Q, 3 * H)."""
+        """Return s_i from s_{i-1} (B * Q, H) and what word and context give to z, r and the candidate (B * Q, 3 H)."""
         z_and_r, candidate = gates.tensor_split((2 * self.hidden_dim,), -1)
-        weight, bias = self.state_to_gates.weight, self.state_to_gates.bias
-        z_and_r_weight, candidate_weight = weight.tensor_split((2 * self.hidden_dim,))
-        z_and_r_bias, candidate_bias = bias.tensor_split((2 * self.hidden_dim,))
-        z, r = torch.sigmoid(z_and_r + F.linear(s, z_and_r_weight, z_and_r_bias)).chunk(2, -1)
-        if self.reset == "before":
-            recurrent = F.linear(r * s, candidate_weight, candidate_bias)  # U [r_i * s_{i-1}]
-        else:
-            recurrent = r * F.linear(s, candidate_weight, candidate_bias)
-        return (1 - z) * s + z * torch.tanh(candidate + recurrent)
+        # z_i = sigmoid(W_z E y_{i-1} + U_z s_{i-1} + C_z c_i), and r_i alike
+        z, r = torch.sigmoid(z_and_r + self.state_to_gates(s)).chunk(2, -1)
+        # s~_i = tanh(W E y_{i-1} + U [r_i * s_{i-1}] + C c_i)
+        recurrent = self.state_to_candidate(r * s) if self.reset == "before" else r * self.state_to_candidate(s)
+        return (1 - z) * s + z * torch.tanh(candidate + recurrent)  # s_i = (1 - z_i) * s_{i-1} + z_i * s~_i
 
     def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:
-        """Return t_i, the maximum of each pair of values of U_o s_{i-1} + V_o E y_{i-1} + C_o c_i."""
+        """Return t_i, the maximum of each pair of values of t~_i = U_o s_{i-1} + V_o E y_{i-1} + C_o c_i."""
         pairs = self.state_to_output(spoken) + self.word_to_output(words)
         if self.sees:
             pairs = pairs + self.context_to_output(contexts)
@@ -380,7 +397,8 @@ class TransformerDecoder(Decoder):
 
     The state of a step is the keys and values of the words so far, so that a step costs one word and not the whole
     caption. The weights given are those of the last layer's attention over the regions, mean over the heads;
-    :meth:`head_weights` gives all.
+    :meth:`head_weights` gives all. The paper's embedding is the output layer's, too (its section 3.4): the captioner's
+    `tie_weights`.
 
     Parameters
     ----------
@@ -395,7 +413,7 @@ class TransformerDecoder(Decoder):
     positions : {"sinusoidal", "learned"}
         How words know their place (section 3.5).
     max_words : int
-        Number of places that learned positions have; sinusoidal ones have no end.
+        Words of the longest caption that learned positions can count; sinusoidal ones have no end.
     norm_first : bool
         Normalise what enters a sublayer (pre-norm, Xiong et al., 2020), which trains without a long warm-up; False: the
         sum behind it (post-norm), as in the paper.
@@ -406,8 +424,11 @@ class TransformerDecoder(Decoder):
     Raises
     ------
     InputError
-        Where `heads` does not divide E or there is no layer; from a caption longer than learned positions reach.
+        Where a setting is out of its range; from :meth:`step` and :meth:`forward` where a caption is longer than
+        learned positions reach.
     """
+
+    scales_words = True
 
     def __init__(
         self,
@@ -423,20 +444,23 @@ class TransformerDecoder(Decoder):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(embedding_dim, annotation_dim)
-        if layers < 1:
-            raise InputError(f"A Transformer of {layers} layers says nothing: set the decoder's layers to 1 or more.")
+        feed_forward_dim = 4 * embedding_dim if feed_forward_dim is None else feed_forward_dim
+        if min(layers, feed_forward_dim, max_words) < 1 or not 0 <= dropout < 1:
+            raise InputError(
+                f"There is no Transformer decoder of {layers} layers, feed_forward_dim {feed_forward_dim}, max_words "
+                f"{max_words} and dropout {dropout}: give at least 1 of each, and a dropout from 0 to below 1."
+            )
         if heads < 1 or embedding_dim % heads:
             raise InputError(
                 f"The Transformer cannot split an embedding of {embedding_dim} values into {heads} heads: set the "
                 f"decoder's heads to a divisor of {embedding_dim}, or embedding_dim to a multiple of the heads."
             )
         self.layers, self.heads, self.positions, self.max_words = layers, heads, positions, max_words
-        self.feed_forward_dim = feed_forward_dim or 4 * embedding_dim
-        self.norm_first, self.dropout = norm_first, dropout
+        self.feed_forward_dim, self.norm_first, self.dropout = feed_forward_dim, norm_first, dropout
         self.drop = nn.Dropout(dropout)
         if positions == "learned":
-            self.position = nn.Parameter(torch.randn(max_words, embedding_dim))  # as large as the words
-        sizes = embedding_dim, annotation_dim, heads, self.feed_forward_dim
+            self.position = nn.Embedding(max_words + 1, embedding_dim)  # what begins a caption has a place, too
+        sizes = embedding_dim, annotation_dim, heads, feed_forward_dim
         self.stack = nn.ModuleList(TransformerLayer(*sizes, norm_first, dropout) for _ in range(layers))
         # The sums of pre-norm layers grow with depth, so the last one is normalised, too.
         self.norm = nn.LayerNorm(embedding_dim) if norm_first else nn.Identity()
@@ -461,7 +485,7 @@ class TransformerDecoder(Decoder):
         return Outputs(outputs, weights[0].mean(1) if weights else None, None)
 
     def head_weights(self, words: Tensor, memory: Memory) -> Tensor:
-        """Return the (B, Q, layers, heads, T, N) attention of all layers and heads over given words (B * Q, T, E)."""
+        """Return the attention of every layer and head over given words (B * Q, T, E): (B, Q, layers, heads, T, N)."""
         state = self.start(memory, len(words) // len(memory[0]))
         _, _, weights = self._run(words, memory, state, range(self.layers))
         return torch.stack(weights, 1).movedim(3, 1)
@@ -469,11 +493,11 @@ class TransformerDecoder(Decoder):
     def _run(
         self, words: Tensor, memory: Memory, state: State, wanted: Collection[int]
     ) -> tuple[Tensor, State, list[Tensor]]:
-        """Take the next words (B * Q, T, E); return outputs, state and (B, heads, Q, T, N) for each wanted layer."""
+        """Take the next words (B * Q, T, E), all of a caption or one.
+
+        Return the outputs, the next state, and the weights (B, heads, Q, T, N) of each layer whose index is `wanted`.
+        """
         said = state[0].size(2)
-        # Section 3.4 scales words by sqrt(E), to unit variance where the matrix is the output layer's, too. A matrix of
-        # the embedding's own has unit variance from the start, so each word is scaled by its own length instead.
-        words = F.rms_norm(words, (self.embedding_dim,))
         x = self.drop(words + self._positions(words, said))
         following: list[Tensor] = []
         weights: list[Tensor] = []
@@ -491,12 +515,12 @@ class TransformerDecoder(Decoder):
         last = first + words.size(1)
         if self.positions == "sinusoidal":
             return sinusoidal_positions(first, last, self.embedding_dim, words)
-        if last > self.max_words:
+        if last > self.max_words + 1:
             raise InputError(
-                f"A caption of {last} words is longer than the {self.max_words} learned positions of the decoder: set "
-                "its max_words higher and train again, or its positions to sinusoidal."
+                f"A caption of {last - 1} words is longer than the {self.max_words} that the decoder's learned "
+                "positions can count: set its max_words higher and train again, or its positions to sinusoidal."
             )
-        return self.position[first:last]
+        return self.position.weight[first:last]
 
 
 def sinusoidal_positions(first: int, last: int, dim: int, like: Tensor) -> Tensor:
@@ -527,7 +551,10 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x: Tensor, past: State, memory: Memory, need_weights: bool
     ) -> tuple[Tensor, State, Tensor | None]:
-        """Take the next words (B * Q, T, E) and return them, the keys and values so far, and (B, heads, Q * T, N)."""
+        """Take the next words (B * Q, T, E), the keys and values of those before, and this layer's memory.
+
+        Return the words, the keys and values so far, and the weights (B, heads, Q * T, N) where they are needed.
+        """
         heard, past = self.self_attention(self._enter(x, 0), past)
         x = self._leave(x, heard, 0)
         # All words of all captions of an image are queries of one call.
@@ -554,7 +581,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.project = nn.Linear(dim, 3 * dim)  # queries, keys, values
+        self.project = nn.Linear(dim, 3 * dim)  # queries, keys, values; the keys' bias is idle, as it is in torch's
         self.output = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, past: State) -> tuple[Tensor, State]:
@@ -564,7 +591,7 @@ class CausalSelfAttention(nn.Module):
         """
         queries, *now = (split_heads(part, self.heads) for part in self.project(x).chunk(3, -1))
         keys, values = (torch.cat(both, 2) for both in zip(past, now, strict=True))
-        # One word after all others sees them all.
-        causal = queries.size(2) > 1
+        causal = queries.size(2) > 1  # one word after all others sees them all
+        assert not causal or keys.size(2) == queries.size(2), "either all words at once, or one more"
         read = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
         return self.output(join_heads(read)), (keys, values)

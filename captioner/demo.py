@@ -153,7 +153,7 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
         console.print(f"\n{split}: {'with' if split == 'unseen' else 'without'} a colour-shape pair new to the model")
         for record, caption in list(zip(records, captions, strict=True))[:OVERLAYS]:
             picture = overlays / f"{split}-{record.path.stem}.png"
-            if caption.attention is not None:
+            if caption.attention is not None and caption.grid is not None:
                 draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
             console.print(f"  {record.path.name}  {caption.text}", highlight=False, soft_wrap=True)
     results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision, "configs": list(map(str, configs))}

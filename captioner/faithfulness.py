@@ -41,7 +41,7 @@ FUNCTION_WORDS = frozenset(
 
 @contextmanager
 def intervene(model: Captioner, change: Change) -> Iterator[None]:
-    """Replace the weights of every attention in the model while the context lasts.
+    """Replace the weights of every attention from words to regions while the context lasts.
 
     Parameters
     ----------
@@ -73,7 +73,8 @@ def _changed(weigh: Callable[[Tensor, Memory], Tensor], change: Change) -> Calla
 
 def uniform(weights: Tensor, mask: Tensor) -> Tensor:
     """Return the same weight for every existing region."""
-    return (mask / mask.sum(-1, keepdim=True)).expand_as(weights)
+    share = mask.to(weights.dtype)
+    return (share / share.sum(-1, keepdim=True)).expand_as(weights)
 
 
 def permuted(generator: torch.Generator) -> Change:

@@ -6,6 +6,7 @@ Shapes: B images, Q captions per image, N regions, D annotation size, E embeddin
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -171,6 +172,7 @@ class Captioner(nn.Module):
         self.decoder = decoder(embedding_dim, self.bridge.annotation_dim)
         self.output = nn.Linear(embedding_dim, len(vocabulary))  # L_o of eq. 7
         self.drop = nn.Dropout(dropout)
+        self.word_scale = math.sqrt(embedding_dim) if tie_weights and self.decoder.scales_words else 1.0
         if tie_weights:
             # Scaled for its use as the output's; an embedding of unit variance would make the first scores enormous.
             nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
@@ -198,6 +200,11 @@ class Captioner(nn.Module):
         """Return what the decoder remembers of the images: B rows, computed once per image."""
         return self.decoder.memory(self.bridge(annotations))
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the words (..., E) of ids (...) as the decoder takes them."""
+        words: Tensor = self.drop(self.word_scale * self.embedding(tokens))
+        return words
+
     def forward(
         self, annotations: Annotations, tokens: Tensor, need_weights: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -221,14 +228,14 @@ class Captioner(nn.Module):
         gates : Tensor or None
             (B, Q, T), the gate beta.
         """
-        words = self.drop(self.embedding(tokens[..., :-1].flatten(0, 1)))  # (B * Q, T, E)
+        words = self.embed(tokens[..., :-1].flatten(0, 1))  # (B * Q, T, E)
         outputs, weights, gates = self.decoder(words, self.memory(annotations), need_weights)
         logits = self.output(self.drop(outputs)).unflatten(0, tokens.shape[:2])
         return logits, weights, gates
 
     def step(self, words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
         """Return the log-probabilities (B * Q, V) of the words after `words` (B * Q,), and the next state."""
-        step = self.decoder.step(self.drop(self.embedding(words)), memory, state, need_weights=False)
+        step = self.decoder.step(self.embed(words), memory, state, need_weights=False)
         logits = self.output(self.drop(step.output))
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), step.state
 
@@ -314,6 +321,38 @@ class Captioner(nn.Module):
         finally:
             self.train(training)
         return captions
+
+    @torch.no_grad()
+    def head_weights(self, image: str | Path | Image.Image, words: Sequence[str]) -> Tensor | None:
+        """Return where every layer and head of the decoder looks while it says the words of a caption.
+
+        Parameters
+        ----------
+        image : path or PIL image
+            What it looks at.
+        words : sequence of str
+            T words, a caption's or any others; one that the model does not know is read as ``<unk>``.
+
+        Returns
+        -------
+        Tensor or None
+            (layers, heads, T, N), each row summing to 1; None from a decoder without attention.
+
+        Raises
+        ------
+        InputError
+            Where the image cannot be read.
+        """
+        training = self.training
+        self.eval()
+        try:
+            pixels = self.preprocessing.pixels(image if isinstance(image, Image.Image) else read_image(image))
+            memory = self.memory(self.annotate(pixels[None].to(self.device)))
+            ids = self.vocabulary.encode(words, max_words=len(words))[:-1]  # the last is said, and looks at nothing
+            weights = self.decoder.head_weights(self.embed(torch.tensor([ids], device=self.device)), memory)
+        finally:
+            self.train(training)
+        return None if weights is None else weights[0, 0, :, :, : len(words)]
 
     def _explain(self, annotations: Annotations, hypotheses: Sequence[Hypothesis]) -> list[Caption]:
         """Read the attention of finished captions, one per image, from one teacher-forced pass."""

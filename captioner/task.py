@@ -188,7 +188,9 @@ class CaptioningTask(LightningModule):
         logits, weights, _ = self.captioner(annotations, batch.tokens, self.objective.needs_weights)
         loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
         total: Tensor = loss.total
-        parts = {"cross_entropy": loss.cross_entropy, "attention": loss.attention}
+        parts = {"cross_entropy": loss.cross_entropy}
+        if weights is not None:
+            parts["attention"] = loss.attention
         if self.presence is not None:
             parts["word_presence"] = self.presence(annotations, batch.tokens)
             total = total + self.word_presence * parts["word_presence"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -244,9 +245,13 @@ def check_files(args: Sequence[str]) -> None:
             if not path.is_file():
                 raise InputError(f"There is no file {path} for {name}: check the path.")
             try:
-                path.read_text(encoding="utf-8")
+                settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             except UnicodeDecodeError:
                 raise InputError(f"The configuration {path} is not a text file: give a YAML file.") from None
+            except yaml.YAMLError as error:
+                raise InputError(f"The configuration {path} is no YAML: {' '.join(str(error).split())}.") from None
+            if not isinstance(settings, dict):
+                raise InputError(f"The configuration {path} holds no settings: write some, as in configs/scenes.yaml.")
 
 
 def print_scores(scores: Mapping[str, float], title: str) -> None:

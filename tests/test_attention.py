@@ -23,8 +23,8 @@ def queries(images, count, seed=1):
     return torch.randn(images, count, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def attend(attention, query, annotations):
-    return attention(query, attention.memory(annotations))
+def attend(attention, query, annotations, need_weights=True):
+    return attention(query, attention.memory(annotations), need_weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -32,12 +32,31 @@ def attend(attention, query, annotations):
 def test_weights_are_not_negative_sum_to_one_and_are_zero_where_masked(name, dtype):
     annotations = some_annotations(3, mask=MASK)
     annotations = annotations._replace(values=annotations.values.to(dtype))
-    context, weights = attend(attention_of(name, dtype), queries(3, 2).to(dtype), annotations)
-    assert context.shape == (3, 2, D) and weights.shape == (3, 2, N)
+    attention = attention_of(name, dtype)
+    context, weights = attend(attention, queries(3, 2).to(dtype), annotations)
+    assert context.shape == (3, 2, attention.context_dim) and weights.shape == (3, 2, N)
     assert context.dtype == weights.dtype == dtype
     assert (weights >= 0).all()
     assert same(weights.sum(-1), torch.ones(3, 2, dtype=dtype), 1e-12 if dtype == torch.float64 else 1e-6)
     assert ((weights != 0) == annotations.mask[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_weights_that_nobody_needs_do_not_change_the_context(name, dtype):
+    annotations = some_annotations(3, mask=MASK)
+    annotations = annotations._replace(values=annotations.values.to(dtype))
+    attention, query = attention_of(name, dtype), queries(3, 2).to(dtype)
+    context, _ = attend(attention, query, annotations)
+    alone, weights = attend(attention, query, annotations, need_weights=False)
+    assert weights is None and alone.dtype == dtype
+    assert same(alone, context, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_multi_head_forms_no_weights_that_nobody_needs(monkeypatch):
+    monkeypatch.setattr(MultiHead, "weigh", None)
+    context, weights = attend(attention_of("MultiHead"), queries(3, 2), some_annotations(3), need_weights=False)
+    assert context.shape == (3, 2, 8) and weights is None
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHING if name != "MultiHead"])
@@ -106,11 +125,12 @@ def test_a_result_does_not_depend_on_what_else_is_in_the_batch(name):
         assert weights is None or same(alone_weights[0, 0], weights[image, 0])
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_regions_that_do_not_exist_change_nothing(name):
+def test_regions_that_do_not_exist_change_nothing(name, need_weights):
     attention, annotations = attention_of(name), some_annotations(3, mask=MASK)
-    context, weights = attend(attention, queries(3, 2), annotations)
-    padded, padded_weights = attend(attention, queries(3, 2), more_regions(annotations))
+    context, weights = attend(attention, queries(3, 2), annotations, need_weights)
+    padded, padded_weights = attend(attention, queries(3, 2), more_regions(annotations), need_weights)
     assert same(padded, context)
     assert weights is None or same(padded_weights[..., :N], weights)
 
@@ -125,11 +145,12 @@ def test_no_mask_is_a_mask_of_ones(name):
         assert torch.equal(without, with_mask)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("name", WEIGHING)
-def test_masked_regions_receive_no_gradient_and_no_nan(name):
+def test_masked_regions_receive_no_gradient_and_no_nan(name, need_weights):
     annotations = some_annotations(3, mask=MASK)
     annotations.values.requires_grad_()
-    context, _ = attend(attention_of(name), queries(3, 2), annotations)
+    context, _ = attend(attention_of(name), queries(3, 2), annotations, need_weights)
     context.square().sum().backward()
     gradient = annotations.values.grad
     assert gradient.isfinite().all()
@@ -205,18 +226,27 @@ def test_scaled_dot_is_torchs():
     assert same(context, F.scaled_dot_product_attention(query, values, values, attn_mask=annotations.mask[:, None]))
 
 
-def test_multi_head_is_torchs():
+@pytest.mark.parametrize(("dim", "heads"), [(D, 2), (8, 4)])
+def test_multi_head_is_torchs(dim, heads):
     torch.manual_seed(0)
-    ours, theirs = MultiHead(D, D, heads=2, dim=D).double(), nn.MultiheadAttention(D, 2, batch_first=True).double()
+    ours = MultiHead(dim, D, heads=heads, dim=dim).double()
+    theirs = nn.MultiheadAttention(dim, heads, kdim=D, vdim=D, batch_first=True).double()
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat((ours.query.weight, ours.key.weight, ours.value.weight)))
-        theirs.in_proj_bias.copy_(torch.cat((ours.query.bias, torch.zeros(D), ours.value.bias)))
+        if dim == D:  # torch keeps the three in one where their sizes are equal
+            theirs.in_proj_weight.copy_(torch.cat((ours.query.weight, ours.key.weight, ours.value.weight)))
+        else:
+            for name, own in (("q", ours.query), ("k", ours.key), ("v", ours.value)):
+                getattr(theirs, f"{name}_proj_weight").copy_(own.weight)
+        theirs.in_proj_bias.copy_(torch.cat((ours.query.bias, torch.zeros(dim), ours.value.bias)))
         theirs.out_proj.load_state_dict(ours.output.state_dict())
-    annotations, query = some_annotations(3, mask=MASK), queries(3, 2)
+    annotations, values = some_annotations(3, mask=MASK), some_annotations(3).values
+    query = torch.randn(3, 2, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     context, weights = attend(ours, query, annotations)
-    values = annotations.values
     their_context, their_weights = theirs(query, values, values, key_padding_mask=~annotations.mask)
-    assert same(context, their_context) and same(weights, their_weights)
+    assert same(context, their_context, 1e-10) and same(weights, their_weights, 1e-10)
+    assert same(attend(ours, query, annotations, need_weights=False)[0], their_context, 1e-10)
+    _, of_heads = theirs(query, values, values, key_padding_mask=~annotations.mask, average_attn_weights=False)
+    assert same(ours.weigh(query, ours.memory(annotations)), of_heads, 1e-10)
 
 
 @pytest.mark.parametrize("kind", [Dot, ScaledDot])
@@ -225,12 +255,19 @@ def test_a_dot_product_of_unequal_sizes_is_an_error(kind):
         kind(5, 6)
 
 
-def test_heads_that_do_not_divide_are_an_error():
-    with pytest.raises(InputError, match="10 into 4 heads"):
-        MultiHead(D, D, heads=4, dim=10)
+@pytest.mark.parametrize("heads", [4, 0, -2])
+def test_heads_that_do_not_divide_are_an_error(heads):
+    with pytest.raises(InputError, match=f"10 into {heads} heads"):
+        MultiHead(D, D, heads=heads, dim=10)
 
 
 @pytest.mark.parametrize("kind", [Additive, General, MultiHead, Uniform])
 def test_a_query_and_an_annotation_may_differ_in_size(kind):
-    context, weights = attend(kind(3, D).double(), queries(2, 2)[..., :3], some_annotations(2))
-    assert context.shape == (2, 2, D) and weights.shape == (2, 2, N)
+    attention = kind(3, D).double()
+    context, weights = attend(attention, queries(2, 2)[..., :3], some_annotations(2))
+    assert context.shape == (2, 2, attention.context_dim) and weights.shape == (2, 2, N)
+
+
+def test_the_context_is_an_annotation_or_as_large_as_all_heads():
+    sizes = {name: attention_of(name).context_dim for name in ATTENTIONS}
+    assert sizes == {**dict.fromkeys(ATTENTIONS, D), "MultiHead": 8, "NoAttention": 0}

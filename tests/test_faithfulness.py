@@ -8,25 +8,26 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from variants import DECODERS, KINDS, D, E, attentions, same, some_annotations
 
 from captioner.annotation_files import CaptionedImage, COCOCaptions
 from captioner.attention import Additive, Annotations, Attention, MultiHead, NoAttention
 from captioner.attention import Uniform as UniformAttention
-from captioner.decoders import LSTMDecoder
+from captioner.decoders import LSTMDecoder, TransformerDecoder
 from captioner.encoders import ForeignEncoder, SmallCNN
 from captioner.errors import InputError
 from captioner.faithfulness import intervene, measure, permuted, print_report, uniform
 from captioner.images import Preprocessing
 from captioner.model import Captioner
-from captioner.vocabulary import BEGIN, END, Vocabulary
+from captioner.vocabulary import BEGIN, END, Vocabulary, pad
 
 MASK = torch.tensor([[True] * 6, [True, False, True, True, False, True]])
 HEADS = {"Additive": partial(Additive, dim=8), "MultiHead": partial(MultiHead, heads=2, dim=8)}
 
 
-def model(attention="Additive", **settings):
+def model(attention="Additive", decoder=None, **settings):
     torch.manual_seed(1)
-    decoder = partial(LSTMDecoder, hidden_dim=12, attention=HEADS.get(attention, attention), **settings)
+    decoder = decoder or partial(LSTMDecoder, hidden_dim=12, attention=HEADS.get(attention, attention), **settings)
     words = Vocabulary([f"word{number}" for number in range(9)])
     return Captioner(SmallCNN(size=32, width=4), words, decoder=decoder, embedding_dim=8).eval()
 
@@ -39,7 +40,7 @@ def score(captioner):
 
 
 def own(captioner):
-    return [module for module in captioner.modules() if isinstance(module, Attention) and "weigh" in vars(module)]
+    return [module for module in attentions(captioner) if {"weigh", "contexts"} & {*vars(module)}]
 
 
 # Interventions
@@ -76,6 +77,90 @@ def test_interventions_reach_the_captions_context():
     as_baseline = model(UniformAttention)  # has the same parameters but for those that score
     as_baseline.load_state_dict(captioner.state_dict(), strict=False)
     torch.testing.assert_close(score(as_baseline)[0], changed)
+
+
+# Over all decoders that weigh regions
+
+every_weighing = pytest.mark.parametrize("name", [name for name in KINDS if "NoAttention" not in name])
+PADDED = [[1, 1, 1, 1], [1, 1, 0, 1]]
+
+
+class Given(nn.Module):
+    """An encoder that is never asked, since the annotations are given."""
+
+    annotation_dim, preprocessing = D, Preprocessing("squash", 4)
+
+
+def speaker(name):
+    torch.manual_seed(0)
+    captioner = Captioner(Given(), Vocabulary("a red blue ball".split()), decoder=DECODERS[name], embedding_dim=E)
+    with torch.no_grad():
+        for parameter in captioner.parameters():
+            parameter.mul_(3)
+        captioner.output.bias[END] -= 4
+    return captioner.double().eval()
+
+
+def only(region):
+    """All weight on one region."""
+
+    def change(weights, mask):
+        changed = torch.zeros_like(weights)
+        changed[..., region] = 1
+        return changed
+
+    return change
+
+
+def search(captioner, annotations):
+    return captioner.search(annotations, beam_size=3, max_words=4)
+
+
+def forced(captioner, annotations, found):
+    """The log-probabilities of found captions by teacher forcing, with weights and without."""
+    tokens = pad([[[BEGIN, *hypothesis.tokens] for hypothesis in hypotheses] for hypotheses in found])
+    for need_weights in (True, False):
+        scores = captioner(annotations, tokens, need_weights)[0].log_softmax(-1).gather(-1, tokens[..., 1:, None])
+        yield (scores.squeeze(-1) * (tokens[..., 1:] != 0)).sum(-1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "permuted", "one region"])
+@every_weighing
+def test_interventions_reach_captions_whatever_the_decoder_and_leave_nothing_behind(name, kind):
+    captioner, annotations = speaker(name), some_annotations(2, mask=PADDED)
+    before = search(captioner, annotations)
+    with intervene(captioner, only(1) if kind == "one region" else uniform):
+        assert len(own(captioner)) == len(attentions(captioner))
+        found = search(captioner, annotations)
+        log_probabilities = [[hypothesis.log_probability for hypothesis in hypotheses] for hypotheses in found]
+        for expected in forced(captioner, annotations, found):
+            for one, other in zip(log_probabilities, expected, strict=True):
+                assert one == pytest.approx(other, abs=1e-9)
+    if kind == "permuted":
+        with intervene(captioner, permuted(torch.Generator().manual_seed(4))):
+            found = search(captioner, annotations)
+    scores = [[hypothesis.score for hypotheses in result for hypothesis in hypotheses] for result in (found, before)]
+    # What is uniform already, neither of the first two changes.
+    assert (scores[0] == pytest.approx(scores[1], abs=1e-10)) == ("Uniform" in name and kind != "one region")
+    assert not own(captioner) and search(captioner, annotations) == before
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@every_weighing
+def test_with_all_weight_on_one_region_the_others_are_not_read(name, need_weights):
+    captioner, annotations = speaker(name), some_annotations(2)
+    tokens = pad([[[BEGIN, 4, 5, 6, END], [BEGIN, 7, 7, END]], [[BEGIN, 4, 4, 5, END], [BEGIN, END]]])
+    others = annotations.values.clone()
+    others[:, 0] += 1  # and the mean, from which a first state comes, stays
+    others[:, 2] -= 1
+    both = annotations, annotations._replace(values=others)
+    with intervene(captioner, only(1)):
+        (logits, weights, _), (changed, _, _) = (captioner(given, tokens, need_weights) for given in both)
+    assert same(logits, changed, 1e-9)
+    if need_weights:
+        assert (weights[..., 1] == 1).all() and (weights.sum(-1) == 1).all()
+    plain, also = (captioner(given, tokens, need_weights)[0] for given in both)
+    assert same(plain, also, 1e-6) == ("Uniform" in name) and not same(plain, logits, 1e-6)
 
 
 def random_weights(shape, mask):
@@ -133,6 +218,32 @@ def constructed():
     return captioner.eval()
 
 
+def constructed_transformer():
+    """The same captioner with a Transformer in place of the LSTM: all that is not set is zero."""
+    decoder = partial(TransformerDecoder, layers=1, heads=1, positions="learned")
+    captioner = Captioner(ForeignEncoder(Pixels()), Vocabulary(["cat", "dog"]), decoder=decoder, embedding_dim=4)
+    cat, dog = 4, 5
+    with torch.no_grad():
+        for parameter in captioner.parameters():
+            parameter.zero_()
+        attention = captioner.decoder.stack[0].cross_attention
+        attention.query.bias[0] = 1.0
+        attention.key.weight[0, 1] = 100.0  # divided by sqrt(4)
+        attention.value.weight[0] = torch.tensor([4.0, -2.0])
+        attention.output.weight[0, 0] = 0.1  # little beside a word
+        attention.output.bias[0], attention.output.bias[2] = (
+            -0.05,
+            0.1,
+        )  # beside a constant, a norm keeps how much it is
+        captioner.decoder.norm.weight.fill_(1.0)
+        captioner.embedding.weight[[cat, dog], 1] = 2.0
+        captioner.output.weight[cat, 0], captioner.output.weight[dog, 0] = 2.0, -2.0
+        captioner.output.weight[END, 1] = 40.0
+        captioner.output.bias[[0, 1, 3]] = -20.0
+        captioner.output.bias[END] = -50.0
+    return captioner.eval()
+
+
 class Only(Attention):
     """Looks at the bright region, and evenly at all where there is none."""
 
@@ -154,8 +265,9 @@ def pictures(tmp_path):
     return records
 
 
-def test_a_model_that_depends_on_one_region_is_seen_to(pictures):
-    captioner = constructed()
+@pytest.mark.parametrize("construct", [constructed, constructed_transformer])
+def test_a_model_that_depends_on_one_region_is_seen_to(pictures, construct):
+    captioner = construct()
     captions = captioner.caption([record.path for record in pictures])
     assert [caption.words for caption in captions] == [[*record.captions] for record in pictures]
     report = measure(captioner, pictures, beam_size=1, hidden=1 / 16, draws=3, batch_size=3)
@@ -192,6 +304,14 @@ def test_a_small_run_is_reported(run, best, scenes, capsys):
     print_report(report, "val")
     printed = " ".join(capsys.readouterr().out.split())
     assert "val, 9 images, beam 2" in printed and f"of {report.content_words} words" in printed
+
+
+def test_a_transformer_is_measured_like_any_other(scenes):
+    records = COCOCaptions(scenes, "captions_{split}.json", "{split}", ("val",)).read("val")
+    decoder = partial(TransformerDecoder, layers=2, heads=2)
+    report, again = (measure(model(decoder=decoder), records, beam_size=2, batch_size=4) for _ in range(2))
+    assert report == again and report.content_words > 0
+    assert 0 <= report.hiding <= 1 and 0 < report.entropy <= 1 + 1e-6 and math.isfinite(report.loss_random)
 
 
 def test_without_attention_there_is_nothing_to_measure(scenes):

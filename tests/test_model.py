@@ -2,15 +2,32 @@ import json
 import re
 from dataclasses import fields
 from functools import partial
+from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from variants import ATTENTIONS, DECODERS, D, E, N, same, some_annotations
+from variants import (
+    ATTENTIONS,
+    BRIDGES,
+    DECODERS,
+    KINDS,
+    TRANSFORMERS,
+    D,
+    E,
+    N,
+    attentions,
+    more_regions,
+    of_image,
+    same,
+    some_annotations,
+    watch,
+)
 
-from captioner.attention import Annotations
-from captioner.bridges import LinearBridge, NoBridge
+from captioner.attention import Annotations, MultiHead
+from captioner.bridges import LinearBridge, TransformerBridge
 from captioner.checkpoint import KEY, pack
 from captioner.encoders import VGG16, ForeignEncoder, ResNet, SmallCNN
 from captioner.errors import InputError
@@ -26,7 +43,7 @@ TINY = Preprocessing(fit="squash", size=SIZE)
 TOKENS = pad([[[BEGIN, 4, 5, 7, END], [BEGIN, 4, 6, 8, 9, END]], [[BEGIN, 10, 4, UNKNOWN]]])
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
-every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -52,20 +69,16 @@ def small_cnn():
     return SmallCNN(size=SIZE, width=2)  # 2 x 2 regions, too
 
 
-def captioner(decoder="LSTM-Additive-before-fed-gate-deep-mean", encoder=None, **settings):
+def captioner(decoder="LSTM-Additive-before-fed-gate-deep-mean", encoder=None, vocabulary=WORDS, scale=4, **settings):
     """A model that speaks before it learns: images and words matter to it, and it is slow to end."""
     torch.manual_seed(0)
-    model = Captioner(encoder or Patches(), WORDS, decoder=DECODERS[decoder], embedding_dim=E, **settings)
+    model = Captioner(encoder or Patches(), vocabulary, decoder=DECODERS[decoder], embedding_dim=E, **settings)
     with torch.no_grad():
         for part in (model.decoder, model.output):
             for parameter in part.parameters():
-                parameter.mul_(4)
+                parameter.mul_(scale)
         model.output.bias[END] -= 4
     return model.eval()
-
-
-def lstm_of(attention):
-    return next(name for name in DECODERS if name.startswith(f"LSTM-{attention}-before-fed"))
 
 
 def some_images(count=5):
@@ -76,16 +89,19 @@ def some_images(count=5):
 
 
 def teacher_forced(model, image, words):
-    """The log-probability and the attention of a caption, one word at a time through `step` of the decoder."""
+    """The log-probability and the attention of a caption, one word at a time through `step`."""
     ids = [BEGIN, *(WORDS.words.index(word) + 4 for word in words), END]
-    with torch.no_grad():
+    steps, take = [], model.decoder.step
+    with (
+        torch.no_grad(),
+        patch.object(model.decoder, "step", lambda *given, **_: steps.append(take(*given)) or steps[-1]),
+    ):
         memory = model.memory(model.annotate(model.preprocessing.pixels(image)[None]))
-        state, total, weights = model.decoder.start(memory, 1), 0.0, []
+        state, total = model.decoder.start(memory, 1), 0.0
         for previous, following in zip(ids, ids[1:], strict=False):
-            step = model.decoder.step(model.embedding(torch.tensor([previous])), memory, state)
-            total += model.output(step.output).log_softmax(-1)[0, following].item()
-            state = step.state
-            weights.append(step.weights)
+            log_probabilities, state = model.step(torch.tensor([previous]), memory, state)
+            total += log_probabilities[0, following].item()
+    weights = [step.weights for step in steps]
     return total, None if weights[0] is None else torch.cat(weights)[:-1, 0]
 
 
@@ -110,6 +126,30 @@ def test_tied_weights_are_one_tensor():
     assert model.output.weight is model.embedding.weight
     model = captioner(tie_weights=False)
     assert model.output.weight is not model.embedding.weight
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_an_embedding_begins_with_unit_variance_or_as_the_output_layer_needs_it(tie_weights):
+    words = Vocabulary([f"word{number}" for number in range(500)])
+    model = Captioner(Patches(), words, embedding_dim=64, tie_weights=tie_weights)
+    assert model.embedding.weight.std().item() == pytest.approx(1 / 8 if tie_weights else 1.0, rel=0.05)
+    assert (model.embedding.weight[PAD] == 0).all() and model.embedding.padding_idx == PAD
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@every_decoder
+def test_a_tied_embeddings_words_are_scaled_for_a_transformer_alone(name, tie_weights):
+    model, seen = captioner(name, tie_weights=tie_weights), []
+    step = model.decoder.step
+    model.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.decoder.step = lambda word, *given, **more: seen.append(word) or step(word, *given, **more)
+    annotations = Annotations(some_annotations(2).values.float())
+    model(annotations, TOKENS)
+    memory = model.memory(annotations)
+    model.step(TOKENS[..., 1].flatten(), memory, model.decoder.start(memory, 2))
+    scale = 2 if tie_weights and name in TRANSFORMERS else 1  # the square root of E, section 3.4
+    assert torch.equal(seen[0], scale * model.embedding.weight[TOKENS[..., :-1].flatten(0, 1)])
+    assert torch.equal(seen[1], scale * model.embedding.weight[TOKENS[..., 1].flatten()])
 
 
 def test_any_module_may_be_the_encoder():
@@ -137,6 +177,10 @@ def test_forward_equals_step_word_by_word(name):
         assert part is None or part.shape[:3] == (2, 2, 5)
 
 
+def without_gradient(parameter):
+    return parameter.grad is None or not parameter.grad.isfinite().all() or parameter.grad.abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("tie_weights", [True, False])
 @every_decoder
 def test_a_gradient_reaches_every_parameter_that_is_trained(name, tie_weights):
@@ -147,11 +191,7 @@ def test_a_gradient_reaches_every_parameter_that_is_trained(name, tie_weights):
     annotations = model.encoder(images)
     logits, weights, _ = model(annotations, TOKENS)
     CrossEntropy()(logits, TOKENS[..., 1:], weights, annotations.mask).total.backward()
-    dead = {
-        key
-        for key, parameter in model.named_parameters()
-        if parameter.grad is None or not parameter.grad.isfinite().all() or parameter.grad.abs().max() < 1e-9
-    }
+    dead = {key for key, parameter in model.named_parameters() if without_gradient(parameter)}
     # A blind decoder reads no word.
     assert dead == ({"embedding.weight"} if "blind" in name and not tie_weights else set())
 
@@ -176,46 +216,143 @@ def test_a_frozen_encoder_takes_no_gradient_and_its_batch_norm_does_not_drift(en
     assert all(parameter.requires_grad == learns for parameter in model.encoder.parameters())
 
 
-@every_attention
-def test_keys_are_computed_once_per_image_in_training_and_in_a_beam_search(attention):
-    model, annotations = captioner(lstm_of(attention)).double(), some_annotations(2)
-    attends = model.decoder.attention
-    memories, keys, attended = [], [], []
-    compute = attends.memory
-    attends.memory = lambda annotations: memories.append(annotations.values.shape) or compute(annotations)
-    for name, module in attends.named_modules():
-        if name in ("key", "value"):
-            module.register_forward_hook(lambda _, given, __: keys.append(given[0].shape))
-    attends.register_forward_pre_hook(lambda _, given: attended.append(given))
-    expected_keys = {"Additive": 1, "General": 1, "MultiHead": 2}.get(attention, 0)
+@every_kind
+def test_keys_are_computed_once_per_image_in_training_and_in_a_beam_search(name):
+    model, annotations = captioner(name).double(), some_annotations(2)
+    memories, keys = [], []
+    for attends in attentions(model):
+        attends.memory = lambda given, compute=attends.memory: memories.append(given.values.shape) or compute(given)
+        for key, module in attends.named_modules():
+            if key in ("key", "value"):
+                module.register_forward_hook(lambda _, given, __: keys.append(given[0].shape))
+    attended = watch(model)
+    layers = len(attentions(model))
+    per_layer = 2 if name in TRANSFORMERS else {"Additive": 1, "General": 1, "MultiHead": 2}.get(name.split("-")[1], 0)
 
     model(annotations, TOKENS)
-    assert memories == [(2, N, D)] and keys == [(2, N, D)] * expected_keys and len(attended) == 5
+    assert memories == [(2, N, D)] * layers and keys == [(2, N, D)] * layers * per_layer
+    assert len(attended) == (layers if name in TRANSFORMERS else 5)
     memories.clear(), keys.clear(), attended.clear()
     model.search(annotations, beam_size=3, max_words=4)
-    assert memories == [(2, N, D)] and keys == [(2, N, D)] * expected_keys and len(attended) > 1
+    assert memories == [(2, N, D)] * layers and keys == [(2, N, D)] * layers * per_layer
+    assert len(attended) > layers
     for query, memory in attended:
         assert query.shape[:2] == (2, 3) and all(len(part) == 2 for part in memory)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "MultiHead" in name or name in TRANSFORMERS])
+def test_weights_are_formed_only_where_they_are_needed(name, monkeypatch):
+    model, annotations, weighed = captioner(name).double(), some_annotations(2), []
+    weigh = MultiHead.weigh
+    monkeypatch.setattr(MultiHead, "weigh", lambda *given: weighed.append(given) or weigh(*given))
+    logits, weights, _ = model(annotations, TOKENS)
+    # Of a Transformer, those of the last layer are.
+    assert weights is not None and len(weighed) == (1 if name in TRANSFORMERS else 5)
+    weighed.clear()
+    without, weights, _ = model(annotations, TOKENS, need_weights=False)
+    model.search(annotations, beam_size=3, max_words=4)
+    assert weights is None and same(without, logits) and not weighed
+
+
+# Bridges before decoders
+
+FEW_DECODERS = [
+    *("LSTM-Additive-before-fed-gate-deep-mean", "LSTM-MultiHead-after-fed-open-shallow-zero"),
+    *("GRU-Dot-before", "GRU-General-after", "GRU-NoAttention-before"),
+    *("Transformer-sinusoidal-pre", "Transformer-learned-post"),
+]
+MASK = [[1, 1, 1, 1], [1, 0, 0, 1]]
+
+
+def over_bridges(without_positions=False):
+    bridges = [name for name in BRIDGES if not (without_positions and "with" in name)]
+    return pytest.mark.parametrize(("bridge", "name"), list(product(bridges, FEW_DECODERS)))
+
+
+def bridged(bridge, name):
+    return captioner(name, bridge=BRIDGES[bridge]).double(), some_annotations(2, mask=MASK)._replace(grid=GRID)
+
+
+def stepped(model, annotations, tokens):
+    """What `forward` gives as log-probabilities, word by word."""
+    memory = model.memory(annotations)
+    state = model.decoder.start(memory, tokens.size(1))
+    found = []
+    for t in range(tokens.size(2) - 1):
+        log_probabilities, state = model.step(tokens[..., t].flatten(), memory, state)
+        found.append(log_probabilities.unflatten(0, tokens.shape[:2]))
+    return torch.stack(found, 2)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@over_bridges()
+def test_behind_any_bridge_forward_equals_step(bridge, name, gradient):
+    model, annotations = bridged(bridge, name)
+    with torch.set_grad_enabled(gradient):
+        logits, weights, _ = model(annotations, TOKENS)
+        assert same(stepped(model, annotations, TOKENS), logits.log_softmax(-1))
+    if weights is not None:
+        assert same(weights.sum(-1), torch.ones(weights.shape[:-1], dtype=torch.float64))
+        assert ((weights != 0) == annotations.mask[:, None, None]).all()
+
+
+@over_bridges()
+def test_behind_any_bridge_a_result_does_not_depend_on_what_else_is_in_the_batch(bridge, name):
+    model, annotations = bridged(bridge, name)
+    logits, weights, _ = model(annotations, TOKENS)
+    for image, caption in product(range(2), range(2)):
+        alone, looked, _ = model(of_image(annotations, image), TOKENS[image : image + 1, caption : caption + 1])
+        assert same(alone[0, 0], logits[image, caption])
+        assert weights is None or same(looked[0, 0], weights[image, caption])
+
+
+@over_bridges(without_positions=True)  # more regions are no grid
+def test_behind_any_bridge_regions_that_do_not_exist_change_nothing(bridge, name):
+    model, annotations = bridged(bridge, name)
+    logits, weights, _ = model(annotations, TOKENS)
+    padded, more, _ = model(more_regions(annotations), TOKENS)
+    assert same(padded, logits)
+    assert weights is None or same(more[..., :N], weights) and (more[..., N:] == 0).all()
+
+
+@over_bridges()
+def test_behind_any_bridge_a_gradient_reaches_every_parameter(bridge, name):
+    model, annotations = bridged(bridge, name)
+    logits, weights, _ = model(annotations, TOKENS)
+    CrossEntropy()(logits, TOKENS[..., 1:], weights, annotations.mask).total.backward()
+    dead = {key for key, parameter in model.named_parameters() if "encoder" not in key and without_gradient(parameter)}
+    assert not dead
+
+
+@over_bridges()
+def test_behind_any_bridge_a_rebuilt_model_gives_the_same_logits(bridge, name):
+    model, annotations = bridged(bridge, name)
+    contents = model.contents()
+    contents = contents._replace(settings=json.loads(json.dumps(contents.settings)))
+    again = Captioner.from_contents(contents, encoder=Patches()).double()
+    again.load_state_dict(model.state_dict())  # in float64
+    for one, other in zip(model(annotations, TOKENS), again(annotations, TOKENS), strict=True):
+        assert one is None if other is None else torch.equal(one, other)
 
 
 # Search
 
 
-@every_attention
-def test_searching_a_batch_equals_one_image_at_a_time(attention):
-    model, annotations = captioner(lstm_of(attention)).double(), some_annotations(4)
+@every_kind
+def test_searching_a_batch_equals_one_image_at_a_time(name):
+    model, annotations = captioner(name).double(), some_annotations(4)
     together = model.search(annotations, beam_size=3, max_words=6)
     for image, found in enumerate(together):
         (alone,) = model.search(Annotations(annotations.values[image : image + 1]), beam_size=3, max_words=6)
         assert [hypothesis.tokens for hypothesis in alone] == [hypothesis.tokens for hypothesis in found]
         for one, other in zip(alone, found, strict=True):
             assert one.log_probability == pytest.approx(other.log_probability, abs=1e-5)
-    assert len({tuple(found[0].tokens) for found in together}) > 1
+    assert len({round(found[0].log_probability, 4) for found in together}) == 4  # the image matters
 
 
-@every_attention
-def test_every_hypothesis_has_the_log_probability_of_teacher_forcing(attention):
-    model, annotations = captioner(lstm_of(attention)).double(), some_annotations(2)
+@every_kind
+def test_every_hypothesis_has_the_log_probability_of_teacher_forcing(name):
+    model, annotations = captioner(name).double(), some_annotations(2)
     for image, found in enumerate(model.search(annotations, beam_size=4, max_words=6)):
         alone = Annotations(annotations.values[image : image + 1])
         for tokens, log_probability, score in found:
@@ -224,6 +361,69 @@ def test_every_hypothesis_has_the_log_probability_of_teacher_forcing(attention):
             total = scores.gather(-1, ids[..., 1:, None]).sum().item()
             assert log_probability == pytest.approx(total, abs=1e-5)
             assert score == pytest.approx(total / len(tokens) ** 0.7, abs=1e-5)
+
+
+FEW_WORDS = Vocabulary("red blue ball".split())
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+@every_kind
+def test_a_wide_beam_is_brute_force(name, length_penalty):
+    model, annotations = captioner(name, vocabulary=FEW_WORDS).double(), some_annotations(2)
+    scores = [{}, {}]
+    for length in range(4):
+        for said in product((4, 5, 6), repeat=length):
+            ids = torch.tensor([BEGIN, *said, END])
+            with torch.no_grad():
+                found = model(annotations, ids.expand(2, 1, -1))[0].log_softmax(-1)
+            totals = found.gather(-1, ids[1:].expand(2, 1, -1)[..., None]).sum((1, 2, 3)).tolist()
+            for image, total in enumerate(totals):
+                scores[image][(*said, END)] = total, total / (length + 1) ** length_penalty
+    searched = model.search(annotations, beam_size=40, max_words=3, length_penalty=length_penalty)
+    for expected, found in zip(scores, searched, strict=True):
+        assert len(expected) == 1 + 3 + 9 + 27
+        best_first = sorted(expected, key=lambda tokens, expected=expected: -expected[tokens][1])
+        assert [tuple(hypothesis.tokens) for hypothesis in found] == best_first
+        for tokens, log_probability, score in found:
+            assert (log_probability, score) == pytest.approx(expected[tuple(tokens)], abs=1e-9)
+
+
+@every_kind
+def test_a_beam_of_one_is_greedy(name):
+    model, annotations = captioner(name).double(), some_annotations(3)
+    for image, (hypothesis,) in enumerate(model.search(annotations, beam_size=1, max_words=6)):
+        ids = [BEGIN]
+        while ids[-1] != END:
+            with torch.no_grad():  # the caption so far anew, without any state
+                scores = model(of_image(annotations, image), torch.tensor([[[*ids, PAD]]]))[0][0, 0, -1]
+            scores[[PAD, BEGIN, UNKNOWN]] = -torch.inf
+            ids.append(END if len(ids) > 6 else scores.argmax().item())
+        assert hypothesis.tokens == ids[1:]
+
+
+@every_kind
+def test_a_search_in_bfloat16_is_near_one_in_float32(name):
+    model, annotations = captioner(name, vocabulary=FEW_WORDS, scale=1), some_annotations(2)
+    annotations = annotations._replace(values=annotations.values.float())
+    exact = model.search(annotations, beam_size=40, max_words=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.search(annotations, beam_size=40, max_words=3)
+    for one, other in zip(exact, found, strict=True):
+        expected = {tuple(hypothesis.tokens): hypothesis.log_probability for hypothesis in one}
+        assert len(other) == 40
+        for tokens, log_probability, _ in other:
+            assert log_probability == pytest.approx(expected[tuple(tokens)], abs=0.2)
+
+
+def test_a_caption_beyond_the_learned_positions_is_an_error():
+    model = captioner("Transformer-learned-pre").double()  # of 32 places
+    with torch.no_grad():
+        model.output.bias[END] -= 100
+    found = model.search(some_annotations(2), beam_size=2, max_words=32)
+    assert len(found[0][0].tokens) == 33
+    with pytest.raises(InputError, match="33 words.* the 32 .*learned positions") as error:
+        model.search(some_annotations(2), beam_size=2, max_words=33)
+    assert one_sentence(error)
 
 
 def test_padding_and_the_unknown_word_are_never_said():
@@ -239,26 +439,63 @@ def test_padding_and_the_unknown_word_are_never_said():
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
-@every_attention
-def test_a_caption_brings_the_log_probability_and_the_attention_of_its_words(attention, beam_size):
-    model = captioner(lstm_of(attention))
+@every_kind
+def test_a_caption_brings_the_log_probability_and_the_attention_of_its_words(name, beam_size):
+    model = captioner(name).double()  # where the fused attention differs less
+    with torch.no_grad():
+        model.output.bias[END] -= 20
     images = some_images()
     captions = model.caption(images, beam_size=beam_size, max_words=6, length_penalty=0.5)
     assert len(captions) == len(images)
     for image, caption in zip(images, captions, strict=True):
         total, weights = teacher_forced(model, image, caption.words)
         assert caption.text == " ".join(caption.words) and len(caption.words) <= 6
-        assert caption.log_probability == pytest.approx(total, abs=1e-4)
-        assert caption.score == pytest.approx(total / (len(caption.words) + 1) ** 0.5, abs=1e-4)
+        assert caption.log_probability == pytest.approx(total, abs=1e-6)
+        assert caption.score == pytest.approx(total / (len(caption.words) + 1) ** 0.5, abs=1e-6)
         assert caption.grid == GRID
-        if attention == "NoAttention":
+        if "NoAttention" in name:
             assert caption.attention is None and caption.gates is None
             continue
         assert caption.attention.shape == (len(caption.words), N) and caption.attention.dtype == torch.float32
         assert same(caption.attention.sum(1), torch.ones(len(caption.words)), 1e-5)
-        assert same(caption.attention, weights, 1e-5)
-        assert caption.gates.shape == (len(caption.words),)
+        assert same(caption.attention.double(), weights, 1e-6)
+        assert caption.gates.shape == (len(caption.words),) if "gate" in name else caption.gates is None
     assert any(len(caption.words) > 1 for caption in captions)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@every_kind
+def test_the_attention_of_all_heads_is_that_of_the_caption(name, training):
+    model, image = captioner(name, dropout=0.5, tie_weights=True).double().train(training), some_images(1)[0]
+    (caption,) = model.caption(image, beam_size=2, max_words=5)
+    words = caption.words or ["red"]
+    weights = model.head_weights(image, words)
+    assert model.training == training
+    if "NoAttention" in name:
+        assert weights is None
+        return
+    layers, heads = (model.decoder.layers, model.decoder.heads) if name in TRANSFORMERS else (1, 1)
+    assert weights.shape == (layers, heads, len(words), N) and not weights.requires_grad
+    assert same(weights.sum(-1), torch.ones(layers, heads, len(words), dtype=torch.float64))
+    if caption.words:
+        assert same(weights[-1].mean(0).float(), caption.attention, 1e-6)
+
+
+def test_the_attention_of_any_words_can_be_asked_for(tmp_path):
+    model, image = captioner("Transformer-learned-pre"), some_images(1)[0]
+    image.save(tmp_path / "image.png")
+    long = ["red"] * 32
+    assert model.head_weights(image, long).shape == (2, 2, 32, N)
+    assert torch.equal(model.head_weights(tmp_path / "image.png", long), model.head_weights(image, long))
+    # An unknown word is <unk>, and what is said later changes nothing.
+    one, other = (model.head_weights(image, words) for words in (["a", "zebra", "red"], ["a", "<unk>", "blue"]))
+    assert torch.equal(one, other) and one.shape[2] == 3
+    assert model.head_weights(image, []).shape == (2, 2, 0, N)
+    with pytest.raises(InputError, match="33 words") as error:
+        model.head_weights(image, [*long, "red"])
+    assert one_sentence(error)
+    with pytest.raises(InputError):
+        model.head_weights(tmp_path / "missing.png", long)
 
 
 def test_attention_is_read_from_one_teacher_forced_pass():
@@ -310,8 +547,11 @@ def parts():
     """Every part with settings that are not the default, and the neighbours that decide its sizes."""
     for name, attention in ATTENTIONS.items():
         yield name, attention, (D, D)
-    yield "NoBridge", NoBridge, (D,)
-    yield "LinearBridge", partial(LinearBridge, dim=3, dropout=0.25, positions=True), (D,)
+    for name, bridge in BRIDGES.items():
+        yield name, bridge, (D,)
+    yield "LinearBridge with dropout", partial(LinearBridge, dim=3, dropout=0.25, positions=True), (D,)
+    dropout = {"dropout": 0.25, "layer_dropout": 0.5}
+    yield "TransformerBridge with dropout", partial(TransformerBridge, dim=6, layers=1, heads=3, **dropout), (D,)
     for name, decoder in DECODERS.items():
         yield name, decoder, (E, D)
     trained = {"grid": 3, "preprocessing": TINY, "learns": False}

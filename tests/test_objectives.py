@@ -1,11 +1,16 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from captioner.attention import Annotations
+from captioner.attention import Annotations, MultiHead
+from captioner.datamodule import Batch
+from captioner.decoders import GRUDecoder, TransformerDecoder
+from captioner.encoders import SmallCNN
 from captioner.objectives import CrossEntropy, WordPresence, doubly_stochastic
-from captioner.vocabulary import END, PAD
+from captioner.task import CaptioningTask
+from captioner.vocabulary import END, PAD, Vocabulary
 
 TARGETS = torch.tensor([[[4, END, PAD], [3, 4, END]], [[END, PAD, PAD], [PAD, PAD, PAD]]])  # (2, 2, 3)
 LOGITS = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -63,6 +68,26 @@ def test_the_term_enters_with_its_weight():
     loss = CrossEntropy(doubly_stochastic=0.5)(LOGITS, TARGETS, weights, mask)
     assert loss.attention.item() == pytest.approx(doubly_stochastic(weights, TARGETS, mask).item()) != 0
     assert loss.total.item() == pytest.approx(loss.cross_entropy.item() + 0.5 * loss.attention.item())
+
+
+@pytest.mark.parametrize("decoder", [GRUDecoder, TransformerDecoder])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_training_forms_weights_only_for_an_objective_that_asks_for_them(weight, decoder, monkeypatch):
+    objective = CrossEntropy(doubly_stochastic=weight)
+    assert objective.needs_weights == (weight != 0)
+    settings = {"attention": partial(MultiHead, heads=2, dim=8)} if decoder is GRUDecoder else {"layers": 2, "heads": 2}
+    torch.manual_seed(0)
+    task = CaptioningTask(SmallCNN(size=32, width=2), decoder=partial(decoder, **settings), embedding_dim=8)
+    task.objective = objective
+    task._build(Vocabulary(["a", "ball"]))
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)
+    monkeypatch.setattr(task, "log_dict", lambda logged, **_: parts.update(logged))
+    weighed, parts, weigh = [], {}, MultiHead.weigh
+    monkeypatch.setattr(MultiHead, "weigh", lambda *given: weighed.append(given) or weigh(*given))
+    tokens = torch.tensor([[[1, 4, 5, END]], [[1, 5, END, PAD]]])
+    loss = task.training_step(Batch([0, 1], torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None, tokens), 0)
+    loss.backward()
+    assert loss.isfinite() and bool(weighed) == ("train/attention" in parts) == bool(weight)
 
 
 def test_padding_receives_no_gradient():

@@ -135,13 +135,13 @@ def test_weights_alone_cannot_be_gone_on_from(last, recipe, tmp_path, capsys):
 # Mistakes
 
 
-def test_help_begins_with_three_examples(capsys):
+def test_help_begins_with_four_examples(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("Four examples:") and text.index("  captioner fit --config") < text.index("usage:")
-    assert text[: text.index("usage:")].count("\n  captioner ") == 3
+    assert text[: text.index("usage:")].count("\n  captioner ") == 4
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,11 @@ def test_help_begins_with_three_examples(capsys):
         (["--model.encoder", "NoSuchEncoder"], "NoSuchEncoder"),
         (["--model.encoder.size", "33"], "multiple of 4"),
         (["--model.bridge.dim", "16", "--model.decoder.attention", "Dot"], "equally long"),
+        (["--model.decoder", "TransformerDecoder", "--model.decoder.heads", "7"], "32 values into 7 heads"),
+        (["--model.decoder", "TransformerDecoder", "--model.decoder.feed_forward_dim", "0"], "feed_forward_dim 0"),
+        (["--model.decoder", "TransformerDecoder", "--model.decoder.dropout", "2"], "dropout 2"),
+        (["--model.bridge", "TransformerBridge", "--model.bridge.layers", "0"], "0 layers"),
+        (["--model.bridge", "TransformerBridge", "--model.bridge.heads", "5"], "into 5 heads"),
         (["--config", "missing.yaml"], "no file missing.yaml"),
         (["--ckpt_path", "missing.ckpt"], "no checkpoint missing.ckpt"),
         (["--trainer.accelerator", "cpu", "--trainer.devices", "0"], "trainer's settings"),
@@ -182,6 +187,15 @@ def test_a_wrong_configuration_is_one_line(old, new, said, recipe, tmp_path, cap
     (tmp_path / "wrong.yaml").write_text(text.replace(old, new, 1))
     assert main(["fit", "--config", str(tmp_path / "wrong.yaml")]) == 2
     assert said in one_line(capsys)
+
+
+@pytest.mark.parametrize("text", ["", "- model\n- trainer\n", "model"])
+def test_a_configuration_without_settings_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text(text)
+    for command in (["fit"], ["demo", "--output", str(tmp_path / "demo")]):
+        assert main([*command, "--config", str(tmp_path / "empty.yaml")]) == 2
+        assert "empty.yaml holds no settings" in one_line(capsys)
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.fixture

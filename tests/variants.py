@@ -1,12 +1,23 @@
-"""The variants that the laws are tested over: an attention or a decoder more is one entry more."""
+"""The variants that the laws are tested over: an attention, a bridge or a decoder more is one entry more."""
 
 from functools import partial
 from itertools import product
 
 import torch
 
-from captioner.attention import Additive, Annotations, Dot, General, MultiHead, NoAttention, ScaledDot, Uniform
-from captioner.decoders import LSTMDecoder
+from captioner.attention import (
+    Additive,
+    Annotations,
+    Attention,
+    Dot,
+    General,
+    MultiHead,
+    NoAttention,
+    ScaledDot,
+    Uniform,
+)
+from captioner.bridges import LinearBridge, NoBridge, TransformerBridge
+from captioner.decoders import GRUDecoder, LSTMDecoder, TransformerDecoder
 
 E, D, H, N = 4, 6, 5, 4
 
@@ -21,22 +32,38 @@ ATTENTIONS = {
     "NoAttention": NoAttention,
 }
 
+# Each builds a bridge from D.
+linear = partial(LinearBridge, dim=8)
+transformer = partial(TransformerBridge, dim=8, layers=2, heads=2, feed_forward_dim=10)
+BRIDGES = {
+    "NoBridge": NoBridge,
+    "LinearBridge": linear,
+    "LinearBridge with positions": partial(linear, positions=True),
+    "TransformerBridge": partial(transformer, positions=False),
+    "TransformerBridge with positions": transformer,
+    "TransformerBridge, post-norm": partial(transformer, positions=False, norm_first=False),
+    "TransformerBridge with positions, post-norm": partial(transformer, norm_first=False),
+}
 
-def lstm(attention, attend, words, gate, output, first_state):
-    settings = {
-        "attention": ATTENTIONS[attention],
-        "attend": attend,
-        "feed_previous": words == "fed",
-        "gate": gate == "gate",
-        "deep_output": output == "deep",
-        "first_state": first_state,
-    }
 
+def recurrent(kind, attention, **settings):
     def build(embedding_dim, annotation_dim):
         hidden_dim = annotation_dim if "Dot" in attention else H
-        return LSTMDecoder(embedding_dim, annotation_dim, hidden_dim=hidden_dim, **settings)
+        return kind(embedding_dim, annotation_dim, attention=ATTENTIONS[attention], hidden_dim=hidden_dim, **settings)
 
     return build
+
+
+def lstm(attention, attend, words, gate, output, first_state):
+    return recurrent(
+        LSTMDecoder,
+        attention,
+        attend=attend,
+        feed_previous=words == "fed",
+        gate=gate == "gate",
+        deep_output=output == "deep",
+        first_state=first_state,
+    )
 
 
 # Without attention there is no gate and no context to place, and a first state of zeros is an error.
@@ -48,8 +75,53 @@ LSTMS = [
     if choice[0] != "NoAttention" or (choice[1], choice[3], choice[5]) == ("before", "open", "mean")
 ]
 
+# The dropout is not zero, so what is not for training is tried after `eval()`.
+TRANSFORMERS = {
+    f"Transformer-{positions}-{norm}": partial(
+        TransformerDecoder, layers=2, heads=2, positions=positions, max_words=32, norm_first=norm == "pre", dropout=0.1
+    )
+    for positions, norm in product(("sinusoidal", "learned"), ("pre", "post"))
+}
+TRANSFORMERS["Transformer-1-layer"] = partial(TransformerDecoder, layers=1, heads=4, feed_forward_dim=7)
+
 # Each builds a decoder from E and D. "blind" in a name: the previous word is not fed back.
-DECODERS = {"-".join(("LSTM", *choice)): lstm(*choice) for choice in LSTMS}
+DECODERS = {
+    **{"-".join(("LSTM", *choice)): lstm(*choice) for choice in LSTMS},
+    **{
+        f"GRU-{attention}-{reset}": recurrent(GRUDecoder, attention, reset=reset)
+        for attention, reset in product(ATTENTIONS, ("before", "after"))
+    },
+    **TRANSFORMERS,
+}
+
+# One LSTM and one GRU per attention and every Transformer: for what their other switches cannot change.
+KINDS = [
+    *(next(name for name in DECODERS if name.startswith(f"LSTM-{attention}-before-fed")) for attention in ATTENTIONS),
+    *(f"GRU-{attention}-before" for attention in ATTENTIONS),
+    *TRANSFORMERS,
+]
+
+
+def attentions(model):
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def watch(model):
+    """Note the query and the memory of each call of an attention, fused or not."""
+    seen = []
+
+    def noting(call):
+        return lambda query, memory, *more: seen.append((query, memory)) or call(query, memory, *more)
+
+    for attention in attentions(model):
+        names = ["weigh"]
+        if isinstance(attention, NoAttention):
+            names = ["forward"]  # which weighs nothing
+        elif type(attention).contexts is not Attention.contexts:
+            names.append("contexts")  # which does not weigh, either
+        for name in names:
+            setattr(attention, name, noting(getattr(attention, name)))
+    return seen
 
 
 def some_annotations(images, seed=0, regions=N, annotation_dim=D, mask=None):
