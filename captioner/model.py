@@ -348,11 +348,11 @@ class Captioner(nn.Module):
         try:
             pixels = self.preprocessing.pixels(image if isinstance(image, Image.Image) else read_image(image))
             memory = self.memory(self.annotate(pixels[None].to(self.device)))
-            ids = self.vocabulary.encode(words, max_words=len(words))[:-1]  # the last is said, and looks at nothing
+            ids = self.vocabulary.encode(words, max_words=len(words))[:-1]  # the end is never fed
             weights = self.decoder.head_weights(self.embed(torch.tensor([ids], device=self.device)), memory)
         finally:
             self.train(training)
-        return None if weights is None else weights[0, 0, :, :, : len(words)]
+        return None if weights is None else weights[0, 0, :, :, : len(words)]  # without the look before the end
 
     def _explain(self, annotations: Annotations, hypotheses: Sequence[Hypothesis]) -> list[Caption]:
         """Read the attention of finished captions, one per image, from one teacher-forced pass."""
