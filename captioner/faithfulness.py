@@ -189,8 +189,7 @@ def measure(
     references = {record.image_id: record.captions for record in records}
     cider_d = {name: score_captions(references, found)["CIDEr-D"] for name, found in captions.items()}
     costs = {
-        name: paired_bootstrap(cider_d["as trained"].per_image, cider_d[name].per_image, seed=seed)
-        for name in ("uniform", "permuted")
+        name: paired_bootstrap(cider_d["as trained"], cider_d[name], seed=seed) for name in ("uniform", "permuted")
     }
     if not words:
         raise InputError("These captions hold no content word, so there is nothing to hide from: take more images.")

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from captioner.metrics.score import LONGEST, ImageId, Score, count_ngrams, pair
+from captioner.metrics.ngrams import LONGEST, Ngram, ngrams, split
+from captioner.metrics.score import ImageId, Score, pair
 
 # The server adds these so that no division is by zero. They move the last digits of a corpus score; an image's BLEU-n
 # is small but not 0 where its caption has fewer than n words or no n-gram in common.
@@ -42,23 +43,35 @@ def bleu(
     InputError
         If the ids of references and hypotheses differ, or if there are none.
     """
-    statistics = np.array([_statistics(*one) for one in pair(references, hypotheses)])  # (B, 2 + 2 * LONGEST)
+    images = [_statistics(*one) for one in pair(references, hypotheses)]
+    statistics = np.array(images, np.float64)  # (B, 2 + 2 * LONGEST)
     per_image = _from_statistics(statistics)
-    corpus = _from_statistics(statistics.sum(axis=0))
-    return {f"BLEU-{n + 1}": Score(float(corpus[n]), per_image[:, n]) for n in range(LONGEST)}
+    return {f"BLEU-{n + 1}": _score(statistics, per_image, n) for n in range(LONGEST)}
 
 
-def _statistics(references: Sequence[Sequence[str]], hypothesis: Sequence[str]) -> list[float]:
+def _score(statistics: NDArray[np.float64], per_image: NDArray[np.float64], n: int) -> Score:
+    def over(counts: NDArray[np.int64]) -> float:
+        return float(_from_statistics(counts @ statistics)[n])
+
+    return Score(over(np.ones(len(statistics), np.int64)), per_image[:, n], over)
+
+
+def _statistics(references: Sequence[Sequence[str]], hypothesis: Sequence[str]) -> list[int]:
     """Return what BLEU sums over images: both lengths, the clipped matches for each n, the n-grams for each n."""
-    length = len(hypothesis)
-    closest = min((len(reference) for reference in references), key=lambda other: (abs(other - length), other))
-    most = [Counter[tuple[str, ...]]() for _ in range(LONGEST)]
-    for reference in references:
-        for n, counts in enumerate(count_ngrams(reference)):
-            most[n] |= counts
-    counted = count_ngrams(hypothesis)
-    matches = [(counts & allowed).total() for counts, allowed in zip(counted, most, strict=True)]
-    return [length, closest, *matches, *(counts.total() for counts in counted)]
+    words = split(hypothesis)
+    length = len(words)
+    counts = Counter(ngrams(words))
+    others = [split(reference) for reference in references]
+    _, closest = min((abs(len(other) - length), len(other)) for other in others)
+    most: dict[Ngram, int] = {}  # in any one reference, of the n-grams that the hypothesis has
+    for other in others:
+        for ngram, count in Counter(filter(counts.__contains__, ngrams(other))).items():
+            if count > most.get(ngram, 0):
+                most[ngram] = count
+    matches = [0] * LONGEST
+    for ngram, count in most.items():
+        matches[len(ngram) - 1] += min(count, counts[ngram])
+    return [length, closest, *matches, *(max(length - n, 0) for n in range(LONGEST))]
 
 
 def _from_statistics(statistics: NDArray[np.float64]) -> NDArray[np.float64]:

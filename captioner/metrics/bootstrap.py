@@ -1,22 +1,39 @@
-"""Whether two models' scores differ by more than the choice of images explains."""
+"""How sure a score is, and whether two systems' scores differ by more than the choice of images explains."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captioner.errors import InputError
+from captioner.metrics.score import Score
+
+RESAMPLES = 1000
+
+
+class Interval(NamedTuple):
+    """Between these lie 95 % of a score's values over resampled images.
+
+    Attributes
+    ----------
+    low, high : float
+        The 2.5th and the 97.5th percentile.
+    """
+
+    low: float
+    high: float
 
 
 class Comparison(NamedTuple):
-    """The difference of two models' mean scores, with its 95 % interval.
+    """The difference of two systems' scores, with its 95 % interval.
 
     Attributes
     ----------
     difference : float
-        The first model's mean minus the second's.
+        The first system's score minus the second's.
     low, high : float
         Between these lie 95 % of the differences over resampled images.
     """
@@ -31,19 +48,16 @@ class Comparison(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(
-    per_image_a: NDArray[np.float64], per_image_b: NDArray[np.float64], *, resamples: int = 1000, seed: int = 0
-) -> Comparison:
-    """Compare two models by the paired bootstrap (Koehn, 2004).
+def bootstrap(score: Score, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return the 95 % interval of a score by the bootstrap (Efron, 1979; the percentile method).
 
-    Images are drawn with replacement, as many as there are, and both models are scored on the same draw. This is right
-    for a score that is a mean over images: ROUGE-L, and CIDEr-D with the document frequencies held at those of the
-    whole set. Of BLEU it compares the mean of the images' scores, which is not the corpus score.
+    Images are drawn with replacement, as many as there are, and the corpus score is computed anew over each draw. The
+    document frequencies of CIDEr-D are held at those of the whole set.
 
     Parameters
     ----------
-    per_image_a, per_image_b : float64 arrays of shape (B,)
-        `Score.per_image` of the two models, for the same images in the same order.
+    score
+        One that can be resampled, see `Score.over`.
     resamples
         How many sets of images are drawn.
     seed
@@ -52,16 +66,49 @@ def paired_bootstrap(
     Raises
     ------
     InputError
-        If the two do not score equally many images, or none.
+        If the score cannot be resampled.
     """
-    if per_image_a.shape != per_image_b.shape or per_image_a.ndim != 1 or not per_image_a.size:
+    return Interval(*_percentiles(_resampled(score, resamples, seed)))
+
+
+def paired_bootstrap(first: Score, second: Score, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Compare two systems by the paired bootstrap (Koehn, 2004): both are scored on the same draws of images.
+
+    Parameters
+    ----------
+    first, second
+        The same metric of two systems, for the same images in the same order.
+    resamples, seed
+        As for `bootstrap`.
+
+    Raises
+    ------
+    InputError
+        If the two do not score equally many images, or one cannot be resampled.
+    """
+    if first.per_image.shape != second.per_image.shape:
         raise InputError(
-            f"Scores of shape {per_image_a.shape} and {per_image_b.shape} cannot be compared: "
-            "give one score per image from both models, for the same images in the same order."
+            f"Scores of {first.per_image.size} and {second.per_image.size} images cannot be compared: "
+            "score both systems on the same images in the same order."
         )
-    differences = per_image_a - per_image_b
+    differences = _resampled(first, resamples, seed) - _resampled(second, resamples, seed)
+    return Comparison(first.corpus - second.corpus, *_percentiles(differences))
+
+
+def _resampled(score: Score, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Return the corpus score over each draw of images, (resamples,). The draws follow from the seed alone."""
+    if score.over is None:
+        raise InputError("This score cannot be resampled: it is not computed from figures for each image.")
+    return np.array([score.over(counts) for counts in _draws(len(score.per_image), resamples, seed)])
+
+
+def _draws(images: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Yield for each draw how often it has each image, (images,)."""
     random = np.random.default_rng(seed)
-    images = len(differences)
-    means = [differences[random.integers(images, size=images)].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Comparison(float(differences.mean()), float(low), float(high))
+    for _ in range(resamples):
+        yield np.bincount(random.integers(images, size=images), minlength=images)
+
+
+def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -18,7 +18,8 @@ def rouge_l(
 
     With precision P = lcs / len(hypothesis) and recall R = lcs / len(reference) it is
     (1 + beta^2) P R / (R + beta^2 P) (Lin, equations 2 to 4). As on the server the best P and the best R over the
-    references are taken, which may come from two of them. An empty hypothesis scores 0.
+    references are taken, which may come from two of them. An empty caption is one empty word, as there: it scores 1
+    where a reference is empty too, and else 0.
 
     Parameters
     ----------
@@ -33,25 +34,43 @@ def rouge_l(
         If the ids of references and hypotheses differ, or if there are none.
     """
     per_image = np.array([_f_measure(*one) for one in pair(references, hypotheses)])
-    return Score(float(per_image.mean()), per_image)
+    return Score.mean(per_image)
 
 
 def _f_measure(references: Sequence[Sequence[str]], hypothesis: Sequence[str]) -> float:
-    common = [longest_common_subsequence(reference, hypothesis) for reference in references]
+    words = _split(hypothesis)
+    others = [_split(reference) for reference in references]
+    common = longest_common_subsequences(words, others)
     if not any(common):
         return 0.0
-    precision = max(common) / len(hypothesis)
-    recall = max(length / max(len(reference), 1) for length, reference in zip(common, references, strict=True))
+    precision = max(common) / len(words)
+    recall = max(length / len(other) for length, other in zip(common, others, strict=True))
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the number of tokens that two captions have in common in the same order, gaps allowed."""
-    row = [0] * (len(second) + 1)  # row[j]: for the tokens of `first` seen so far and the first j of `second`
-    for token in first:
-        diagonal = 0
-        for j, other in enumerate(second, 1):
-            above = row[j]
-            row[j] = diagonal + 1 if token == other else max(above, row[j - 1])
-            diagonal = above
-    return row[-1]
+def _split(tokens: Sequence[str]) -> list[str]:
+    # The server joins the tokens by spaces and, for ROUGE alone, splits at nothing but these: a token with a no-break
+    # space is one word, and a caption without tokens is one empty word.
+    return " ".join(tokens).split(" ")
+
+
+def longest_common_subsequences(words: Sequence[str], others: Sequence[Sequence[str]]) -> list[int]:
+    """Return for each of the others how many words it has in common with the first in the same order, gaps allowed.
+
+    A row of the table of lengths that dynamic programming fills is held as one number (Crochemore et al., 2001): bit i
+    is 0 where the length grows with word i. A word's row follows from the last one by a sum, whose carries do what the
+    loop over the columns did.
+    """
+    places: dict[str, int] = {}  # bit i of a word's number: it is word i
+    for index, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << index
+    every = (1 << len(words)) - 1
+    lengths = []
+    for other in others:
+        row = every
+        for word in other:
+            if word in places:
+                matches = row & places[word]
+                row = (row + matches) | (row - matches)
+        lengths.append(len(words) - (row & every).bit_count())
+    return lengths

@@ -1,9 +1,8 @@
-"""What the metrics share: the score they give, hypotheses next to their references, and n-grams."""
+"""What the metrics share: the score they give, and hypotheses next to their references."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -15,8 +14,6 @@ ImageId = TypeVar("ImageId", bound=Hashable)
 References = TypeVar("References", bound=Sequence[object])
 Hypothesis = TypeVar("Hypothesis")
 
-LONGEST = 4  # words in the longest n-gram that BLEU and CIDEr-D count
-
 
 class Score(NamedTuple):
     """A metric's value for a set of images, and for each of them.
@@ -27,10 +24,19 @@ class Score(NamedTuple):
         The published number. The mean over the images for ROUGE-L and CIDEr-D, but not for BLEU.
     per_image : float64 array of shape (B,)
         In the order of the hypotheses' ids.
+    over : callable, optional
+        The corpus score of a set that has each image a given number of times, an int64 array of shape (B,). None for a
+        score that is not computed from figures for each image.
     """
 
     corpus: float
     per_image: NDArray[np.float64]
+    over: Callable[[NDArray[np.int64]], float] | None = None
+
+    @classmethod
+    def mean(cls, per_image: NDArray[np.float64]) -> Score:
+        """Return a score that is the mean over the images."""
+        return cls(float(per_image.mean()), per_image, lambda counts: float(np.average(per_image, weights=counts)))
 
 
 def pair(
@@ -59,8 +65,3 @@ def pair(
             f"{missing[0]!r}: caption them too, or leave their references out."
         )
     return [(references[image_id], hypothesis) for image_id, hypothesis in hypotheses.items()]
-
-
-def count_ngrams(tokens: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
-    """Return how often each n-gram occurs, one counter for each n from 1 to 4."""
-    return [Counter(zip(*(tokens[start:] for start in range(n)), strict=False)) for n in range(1, LONGEST + 1)]

@@ -9,11 +9,11 @@ from captioner.metrics.bleu import bleu
 from captioner.metrics.cider import cider_d
 from captioner.metrics.rouge import rouge_l
 from captioner.metrics.score import ImageId, Score
-from captioner.tokens import tokenize
+from captioner.penn_treebank import ptb_tokenize
 
 
 def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapping[ImageId, str]) -> dict[str, Score]:
-    """Tokenise captions and return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
+    """Tokenise captions as COCO's evaluation does and return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
 
     Parameters
     ----------
@@ -35,10 +35,18 @@ def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapp
     for image_id, captions in references.items():
         if isinstance(captions, str):  # a sequence of strings too, each of one letter
             raise InputError(f"The references of image {image_id!r} are one text: give a list of captions.")
-    reference_tokens = {image_id: [tokenize(one) for one in captions] for image_id, captions in references.items()}
-    hypothesis_tokens = {image_id: tokenize(caption) for image_id, caption in hypotheses.items()}
+    return score_tokens(
+        {image_id: [ptb_tokenize(one) for one in captions] for image_id, captions in references.items()},
+        {image_id: ptb_tokenize(caption) for image_id, caption in hypotheses.items()},
+    )
+
+
+def score_tokens(
+    references: Mapping[ImageId, Sequence[Sequence[str]]], hypotheses: Mapping[ImageId, Sequence[str]]
+) -> dict[str, Score]:
+    """Return the scores of `score_captions` for captions that are tokens already."""
     return {
-        **bleu(reference_tokens, hypothesis_tokens),
-        "ROUGE-L": rouge_l(reference_tokens, hypothesis_tokens),
-        "CIDEr-D": cider_d(reference_tokens, hypothesis_tokens),
+        **bleu(references, hypotheses),
+        "ROUGE-L": rouge_l(references, hypotheses),
+        "CIDEr-D": cider_d(references, hypotheses),
     }
