@@ -20,7 +20,7 @@ class CaptionedImage(NamedTuple):
     image_id : str or int
         As the dataset names it; references and captions are matched by it.
     path : Path
-        The image file, which exists.
+        The image file.
     captions : tuple of str
         The raw captions as published, line breaks and all.
     """
@@ -36,19 +36,38 @@ class CaptionFiles(ABC):
     Attributes
     ----------
     splits : tuple of str
-        The names that `read` takes.
+        The names that `read` and `records` take.
     """
 
     splits: tuple[str, ...]
 
-    @abstractmethod
     def read(self, split: str) -> list[CaptionedImage]:
-        """Return the images of a split, in the order of its files.
+        """Return the captioned images of a split, in the order of its files. Their files exist.
 
         Raises
         ------
         InputError
-            If the split is unknown, or a file or an image is missing or damaged.
+            If the split is unknown, has no captioned image, or a file or an image is missing or damaged.
+        """
+        records = [record for record in self.records(split) if record.captions]
+        if not records:
+            file = str(self).replace("{split}", split)
+            raise InputError(f"{file} has no image with a caption: give the captions of the split '{split}'.")
+        return _on_disk(records)
+
+    @abstractmethod
+    def records(self, split: str | None = None) -> list[CaptionedImage]:
+        """Return all images of a split, those without a caption too, and look for no image file.
+
+        Parameters
+        ----------
+        split
+            By default all that the caption file holds, where there is one file for all splits.
+
+        Raises
+        ------
+        InputError
+            If the split is unknown, or the caption file is missing or damaged.
         """
 
 
@@ -60,6 +79,8 @@ class Flickr8k(CaptionFiles):
     root
         The folder with ``Flickr8k.token.txt``, the lists ``Flickr_8k.{train,dev,test}Images.txt``, and the photographs
         in ``Images/`` or ``Flicker8k_Dataset/`` (the spelling of the published archive).
+    captions
+        The caption file in that folder.
 
     Notes
     -----
@@ -68,31 +89,39 @@ class Flickr8k(CaptionFiles):
 
     splits = ("train", "dev", "test")
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, captions: str = "Flickr8k.token.txt") -> None:
         self.root = Path(root)
+        self.captions = captions
 
-    def read(self, split: str) -> list[CaptionedImage]:
-        """Return the images of a split, see `CaptionFiles.read`."""
-        _check_split("Flickr8k", split, self.splits)
+    def __str__(self) -> str:
+        return str(self.root / self.captions)
+
+    def records(self, split: str | None = None) -> list[CaptionedImage]:
+        """Return the images of a split, or all, see `CaptionFiles.records`."""
         _check_folder(self.root)
+        captions = self._read_captions()
+        names = list(captions) if split is None else self._names(split, captions)
+        published = self.root / "Flicker8k_Dataset"
+        folder = published if published.is_dir() else self.root / "Images"
+        return [CaptionedImage(name, folder / name, tuple(captions[name])) for name in names]
+
+    def _names(self, split: str, captions: dict[str, list[str]]) -> list[str]:
+        _check_split("Flickr8k", split, self.splits)
         list_file = self.root / f"Flickr_8k.{split}Images.txt"
         # Without repetitions: every image counts once.
         names = list(dict.fromkeys(line.strip() for line in _read_lines(list_file) if line.strip()))
         if not names:
             raise InputError(f"{list_file} names no image: take the list of the published dataset.")
-        captions = self._captions()
         uncaptioned = [name for name in names if name not in captions]
         if uncaptioned:
             raise InputError(
-                f"{list_file} names {len(uncaptioned)} images that have no caption in Flickr8k.token.txt, the first is "
+                f"{list_file} names {len(uncaptioned)} images that have no caption in {self.captions}, the first is "
                 f"{uncaptioned[0]}: take both files from the same release."
             )
-        published = self.root / "Flicker8k_Dataset"
-        folder = published if published.is_dir() else self.root / "Images"
-        return _on_disk([CaptionedImage(name, folder / name, tuple(captions[name])) for name in names])
+        return names
 
-    def _captions(self) -> dict[str, list[str]]:
-        path = self.root / "Flickr8k.token.txt"
+    def _read_captions(self) -> dict[str, list[str]]:
+        path = self.root / self.captions
         captions: dict[str, list[str]] = {}
         for number, line in enumerate(_read_lines(path), 1):
             if not line.strip():
@@ -102,6 +131,8 @@ class Flickr8k(CaptionFiles):
             if not tab or not mark:
                 raise InputError(f"{path}, line {number} is not 'name.jpg#number', a tab and a caption: mend the line.")
             captions.setdefault(name, []).append(caption)
+        if not captions:
+            raise InputError(f"{path} has no caption: take the file of the published dataset.")
         return captions
 
 
@@ -121,7 +152,7 @@ class COCOCaptions(CaptionFiles):
 
     Notes
     -----
-    Ids are COCO's integers. An image in the file without any caption is left out.
+    Ids are COCO's integers. `read` leaves out an image that the file lists without any caption.
     """
 
     def __init__(
@@ -136,17 +167,23 @@ class COCOCaptions(CaptionFiles):
         self.images = images
         self.splits = tuple(splits)
 
-    def read(self, split: str) -> list[CaptionedImage]:
-        """Return the images of a split, see `CaptionFiles.read`."""
+    def __str__(self) -> str:
+        return str(self.root / self.captions)
+
+    def records(self, split: str | None = None) -> list[CaptionedImage]:
+        """Return the images of a split, see `CaptionFiles.records`."""
         from pycocotools.coco import COCO
 
-        _check_split("This dataset", split, self.splits)
+        if split is None and "{split}" in self.captions:
+            raise InputError(f"{self} is one file for each split: choose from {', '.join(self.splits)}.")
+        if split is not None:
+            _check_split("This dataset", split, self.splits)
         _check_folder(self.root)
-        path = self.root / self.captions.replace("{split}", split)
-        folder = self.root / self.images.replace("{split}", split)
+        path = self.root / self.captions.replace("{split}", split or "")
+        folder = self.root / self.images.replace("{split}", split or "")
         # Read here and not by pycocotools, which would decode the file by the computer's language settings.
         try:
-            dataset = json.loads(_read_text(path))
+            dataset = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: download it again."
@@ -164,7 +201,6 @@ class COCOCaptions(CaptionFiles):
                     tuple(annotation["caption"] for annotation in coco.imgToAnns[image_id]),
                 )
                 for image_id, image in coco.imgs.items()
-                if coco.imgToAnns[image_id]
             ]
         except KeyError as error:
             raise InputError(
@@ -174,14 +210,43 @@ class COCOCaptions(CaptionFiles):
             raise InputError(f"{path} is JSON but not COCO's: give 'images' and 'annotations' as lists.") from None
         if unreadable:
             raise InputError(f"{path}, annotation {unreadable[0]} has a caption that is not text: mend or remove it.")
-        if not records:
-            raise InputError(f"{path} has no image with a caption: give a caption file in COCO's format.")
-        return _on_disk(records)
+        return records
+
+
+def open_captions(path: Path) -> CaptionFiles:
+    """Return the reader of a dataset's folder or of a caption file alone, whose format is recognised.
+
+    Parameters
+    ----------
+    path
+        A folder as `Flickr8k` or `COCOCaptions` describe it, a COCO caption file (``.json``), or a file of Flickr8k's
+        lines (any other name), with the lists of its splits beside it if these are asked for.
+
+    Raises
+    ------
+    InputError
+        If there is no such file or folder, or it is neither.
+    """
+    if path.is_dir():
+        if (path / "Flickr8k.token.txt").is_file():
+            return Flickr8k(path)
+        if (path / "annotations").is_dir():
+            return COCOCaptions(path)
+        raise InputError(
+            f"{path} holds neither Flickr8k.token.txt nor COCO's folder annotations: "
+            "give the folder that holds one, or the caption file itself."
+        )
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a dataset's folder or its caption file.")
+    if path.suffix.lower() == ".json":
+        return COCOCaptions(path.parent, captions=path.name, images=".", splits=())
+    return Flickr8k(path.parent, captions=path.name)
 
 
 def _check_split(dataset: str, split: str, splits: tuple[str, ...]) -> None:
     if split not in splits:
-        raise InputError(f"{dataset} has no split '{split}'; choose from {', '.join(splits)}.")
+        there_are = f"choose from {', '.join(splits)}" if splits else "it is one file for all, leave the split out"
+        raise InputError(f"{dataset} has no split '{split}'; {there_are}.")
 
 
 def _check_folder(root: Path) -> None:
@@ -191,10 +256,17 @@ def _check_folder(root: Path) -> None:
 
 def _read_lines(path: Path) -> list[str]:
     # Not splitlines, which would cut a caption at U+2028 and the like.
-    return _read_text(path).replace("\r\n", "\n").split("\n")
+    return read_text(path).replace("\r\n", "\n").split("\n")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return a file's text, which is UTF-8, line ends as they are.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or is not UTF-8.
+    """
     try:
         # Bytes first: text mode would turn a carriage return inside a caption into a line break.
         return path.read_bytes().decode("utf-8-sig")

@@ -29,6 +29,7 @@ Captions images, and shows where each word came from.
   captioner caption PATH...       caption images with a trained checkpoint
   captioner fit                   train
   captioner validate, test        score a checkpoint on a split
+  captioner score                 score any system's captions, and compare two systems
   captioner faithfulness          measure whether a checkpoint uses its attention
 
   captioner COMMAND --help        the options of a command
@@ -51,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "caption": _caption,
         "demo": _demo,
         "faithfulness": _faithfulness,
+        "score": _score,
     }
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -282,6 +284,56 @@ def _faithfulness(args: Sequence[str]) -> int:
     print_report(report, options.split)
     if options.json is not None:
         _write(options.json, json.dumps(report._asdict(), indent=2) + "\n")
+    return 0
+
+
+def _score(args: Sequence[str]) -> int:
+    parser = _parser("score", "Score the captions of any system, or compare two systems, as COCO's evaluation does.")
+    parser.add_argument(
+        "references", type=Path, metavar="REFERENCES", help="a dataset's folder, or a caption file of COCO or Flickr8k"
+    )
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="one or two files with a caption for each image: COCO results, JSON lines or CSV",
+    )
+    parser.add_argument("--split", metavar="NAME", help="the images of one split only, such as dev")
+    parser.add_argument(
+        "--train", type=Path, metavar="PATH", help="training captions, a folder or file: how many captions are new?"
+    )
+    parser.add_argument("--meteor", action="store_true", help="METEOR too; needs Java and the extra 'java'")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the bootstrap (default 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, in COCO's units (0.3, not 30)")
+    parser.add_argument("--per-image", type=Path, metavar="FILE", help="write the scores of each image as JSON lines")
+    options = parser.parse_args(args[1:])
+    if len(options.results) > 2:
+        raise InputError(f"{len(options.results)} files of results are too many: give one, or two to compare.")
+    for path in (options.json, options.per_image):
+        if path is not None:
+            _check_writable(path)
+
+    from rich.console import Console
+
+    from captioner import evaluation
+    from captioner.metrics import check_meteor
+
+    if options.meteor:
+        check_meteor()
+    references = evaluation.References.read(options.references, options.split)
+    training = None if options.train is None else evaluation.read_training(options.train)
+    systems = [
+        evaluation.evaluate(references, path, training=training, with_meteor=options.meteor) for path in options.results
+    ]
+    for line in evaluation.remarks(references, systems):
+        print(f"captioner: {line}", file=sys.stderr)
+    evaluation.show(references, systems, training, options.seed, Console())
+    if options.json is not None:
+        report = evaluation.as_json(references, systems, training, options.seed)
+        _write(options.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if options.per_image is not None:
+        _write(options.per_image, "".join(evaluation.per_image(systems)))
     return 0
 
 

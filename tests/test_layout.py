@@ -14,8 +14,8 @@ PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
     -1: ["errors", "penn_treebank"],
     0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint"],
-    1: ["metrics", "vocabulary", "encoders", "bridges", "decoders", "scenes", "annotation_cache"],
-    2: ["model", "objectives", "datamodule"],
+    1: ["metrics", "results", "vocabulary", "encoders", "bridges", "decoders", "scenes", "annotation_cache"],
+    2: ["model", "objectives", "datamodule", "evaluation"],
     3: ["task", "overlay", "faithfulness"],
     4: ["training"],
     5: ["demo"],
@@ -71,7 +71,9 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("module", ["", ".errors", ".annotation_files", ".tokens", ".metrics", ".scenes", ".cli"])
+@pytest.mark.parametrize(
+    "module", ["", ".errors", ".annotation_files", ".tokens", ".metrics", ".results", ".evaluation", ".scenes", ".cli"]
+)
 def test_what_needs_no_torch_does_not_import_it(module):
     result = python(f"import sys, captioner{module}; assert not {{'torch', 'lightning'}} & set(sys.modules)")
     assert result.returncode == 0, result.stderr

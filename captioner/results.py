@@ -1,0 +1,108 @@
+"""Captions that a system gave for images, in the files that such systems write: COCO results, JSON lines, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from captioner.annotation_files import read_text
+from captioner.errors import InputError
+
+IMAGE_KEYS = ("image_id", "image", "file_name")  # in this order, where a record has several
+
+
+class Result(NamedTuple):
+    """A caption that a system gave.
+
+    Attributes
+    ----------
+    image : str or int
+        The image's id or file name, as the system wrote it.
+    caption : str
+        The caption, which may be empty.
+    """
+
+    image: str | int
+    caption: str
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read a file of results, whose format is recognised by how it begins.
+
+    Parameters
+    ----------
+    path
+        A COCO results file (a JSON list of ``{"image_id": ..., "caption": ...}``), JSON lines (one such object in a
+        line, as ``captioner caption --output`` writes), or CSV with a header. The image stands under ``image_id``,
+        ``image`` or ``file_name``.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or a record lacks its image or its caption. The record is named.
+    """
+    text = read_text(path)
+    beginning = text.lstrip()[:1]
+    if not beginning:
+        raise InputError(f"{path} is empty: give one record for each image.")
+    if beginning == "[":
+        records = _json_list(path, text)
+    elif beginning == "{":
+        records = _json_lines(path, text)
+    else:
+        records = _csv(path, text)
+    return [_result(where, record) for where, record in records]
+
+
+def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        records = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): write it again.") from None
+    for number, record in enumerate(records, 1):
+        yield f"{path}, record {number}", record
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which would cut a caption at U+2028
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            raise InputError(
+                f"{path}, line {number} is not valid JSON: give a JSON list of records, or one record in each line."
+            ) from None
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = rows.fieldnames or ()
+    if "caption" not in header or not set(IMAGE_KEYS) & set(header):
+        raise InputError(
+            f"{path} is neither JSON nor CSV with the columns image_id and caption: "
+            "name them in its first line, or give a COCO results file."
+        )
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if None in row:
+                raise InputError(f"{where} has more values than columns: put a caption with commas in double quotes.")
+            yield where, row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num} is not valid CSV ({error}): mend the line.") from None
+
+
+def _result(where: str, record: Any) -> Result:
+    if not isinstance(record, Mapping):
+        raise InputError(f"{where} is not an object: give one with 'image_id' and 'caption'.")
+    image = next((record[key] for key in IMAGE_KEYS if key in record), None)
+    if not isinstance(image, str | int) or isinstance(image, bool) or image == "":
+        raise InputError(f"{where} names no image: give 'image_id', or 'image' or 'file_name', as a text or a number.")
+    if not isinstance(record.get("caption"), str):
+        raise InputError(f"{where} (image {image}) has no caption: give 'caption' as a text, which may be empty.")
+    return Result(image, record["caption"])
