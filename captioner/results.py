@@ -94,7 +94,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{where} has more values than columns: put a caption with commas in double quotes.")
             yield where, row
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num} is not valid CSV ({error}): mend the line.") from None
+        raise InputError(f"{path}, line {rows.line_num + 1} is not valid CSV ({error}): mend the line.") from None
 
 
 def _result(where: str, record: Any) -> Result:

@@ -263,6 +263,20 @@ def test_equals_pycocoevalcap_by_given_document_frequencies():
         np.testing.assert_allclose(ours.per_image, scorer.compute_cider(), rtol=0, atol=1e-9)
 
 
+def test_bleu_agrees_with_nltk():
+    # Another hand's code, without the constants that the server adds.
+    from nltk.translate.bleu_score import corpus_bleu
+
+    random = Random(1)
+    texts = {image: [random.choices("abcdefgh", k=random.randint(4, 12)) for _ in range(6)] for image in range(200)}
+    references = {image: captions[1:] for image, captions in texts.items()}
+    hypotheses = {image: captions[0] for image, captions in texts.items()}
+    scores = bleu(references, hypotheses)
+    for n in range(1, 5):
+        expected = corpus_bleu([*references.values()], [*hypotheses.values()], weights=[1 / n] * n)
+        assert scores[f"BLEU-{n}"].corpus == pytest.approx(expected, abs=1e-8)
+
+
 def test_bleu_by_hand():
     # 1-grams: "the" counts at most twice, 3 of 3; 2-grams: "the cat" of 2. 3 words against 6: exp(1 - 2).
     references, hypotheses = split({1: ["the cat sat on the mat"]}, {1: "the the cat"})

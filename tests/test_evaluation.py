@@ -1,0 +1,312 @@
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner.cli import main
+from captioner.errors import InputError
+from captioner.evaluation import References, evaluate, listed
+from captioner.metrics import score_captions
+
+CAPTIONS = {
+    "a.jpg": ["A dog runs.", "The brown dog is running on the grass."],
+    "b.jpg": ["Two men sit on a bench.", "Men sitting."],
+    "c.jpg": ["A red ball.", "A ball on the grass."],
+}
+GIVEN = {"a.jpg": "a dog runs", "b.jpg": "two men on a", "c.jpg": "a ball on the grass"}
+
+
+@pytest.fixture
+def flickr8k(tmp_path):
+    """A folder without a single image file: scoring needs none."""
+    root = tmp_path / "flickr8k"
+    root.mkdir()
+    lines = [f"{name}#{n}\t{text}\n" for name, texts in CAPTIONS.items() for n, text in enumerate(texts)]
+    (root / "Flickr8k.token.txt").write_text("".join(lines))
+    (root / "Flickr_8k.trainImages.txt").write_text("a.jpg\n")
+    (root / "Flickr_8k.devImages.txt").write_text("b.jpg\nc.jpg\n")
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """The same captions under COCO's numbers, and an image without any."""
+    images = [{"id": number, "file_name": name} for number, name in enumerate([*CAPTIONS, "d.jpg"], 10)]
+    texts = [(number, text) for number, texts in enumerate(CAPTIONS.values(), 10) for text in texts]
+    annotations = [{"id": key, "image_id": number, "caption": text} for key, (number, text) in enumerate(texts)]
+    path = tmp_path / "captions_val.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    def write(captions, name="results.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps([{"image_id": key, "caption": text} for key, text in captions]))
+        return path
+
+    return write
+
+
+def run(capsys, *args):
+    code = main(["score", *map(str, args)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_scores_and_everything_to_compare_them_by(flickr8k, results, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    path = results(GIVEN.items())
+    code, out, err = run(capsys, flickr8k, path, "--json", tmp_path / "scores.json", "--train", flickr8k)
+    assert code == 0 and not err
+    expected = score_captions(CAPTIONS, GIVEN)
+    report = json.loads((tmp_path / "scores.json").read_text())
+    for metric, score in expected.items():
+        assert report[metric] == score.corpus
+        low, high = report["intervals"][metric]
+        assert low <= high
+        assert f"{metric} " in out and f"{100 * score.corpus:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in out
+    assert report["images"] == 3 and report["references"] == 6
+    assert report["diversity"] == {
+        "captions": 3,
+        "distinct": 3,
+        "vocabulary": 9,
+        "mean_length": 4.0,
+        "bad_endings": 1 / 3,
+        "new": 2 / 3,
+    }
+    for text in ("3 images, 6 references", "seed 0", "1,000 bootstrap samples", "Penn Treebank", "of these references"):
+        assert text in out
+    assert "3 of 3" in out and "33.3%" in out and "66.7%" in out
+
+
+def test_a_split_alone_is_scored(flickr8k, results, tmp_path, capsys):
+    path = results((key, GIVEN[key]) for key in ("c.jpg", "b.jpg"))
+    assert run(capsys, flickr8k, path, "--split", "dev", "--json", tmp_path / "scores.json")[0] == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 2
+    code, _, err = run(capsys, flickr8k, path)
+    assert code == 2
+    assert "no caption for 1 of the 3 images with references (a.jpg)" in err and "--split" in err
+
+
+@pytest.mark.parametrize("key", [int, str, lambda number: f"val2017/{[*CAPTIONS][number - 10]}"])
+def test_coco_by_number_by_text_and_by_file_name(coco, results, tmp_path, capsys, key):
+    path = results((key(number), GIVEN[name]) for number, name in enumerate(CAPTIONS, 10))
+    code, _, err = run(capsys, coco, path, "--json", tmp_path / "s.json", "--per-image", tmp_path / "images.jsonl")
+    assert code == 0
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["CIDEr-D"] == score_captions(CAPTIONS, GIVEN)["CIDEr-D"].corpus
+    assert report["without_references"] == [13]
+    assert "1 images without any reference (13); they are not scored" in err
+    lines = [json.loads(line) for line in (tmp_path / "images.jsonl").read_text().splitlines()]
+    assert [line["image_id"] for line in lines] == [10, 11, 12]
+    expected = score_captions(CAPTIONS, GIVEN)["ROUGE-L"].per_image
+    assert [line["ROUGE-L"] for line in lines] == list(expected)
+    assert [line["caption"] for line in lines] == list(GIVEN.values())
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_other_forms_of_results(flickr8k, tmp_path, capsys, form):
+    path = tmp_path / f"results.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps({"image": key, "caption": text}) + "\n" for key, text in GIVEN.items()))
+    else:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("image_id", "caption"), *GIVEN.items()])
+        path.write_text(text.getvalue(), newline="")
+    assert run(capsys, flickr8k, path, "--json", tmp_path / "scores.json")[0] == 0
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["BLEU-4"] == score_captions(CAPTIONS, GIVEN)["BLEU-4"].corpus
+
+
+def test_names_that_two_folders_share_are_no_names(tmp_path):
+    images = [{"id": 1, "file_name": "x/1.jpg"}, {"id": 2, "file_name": "y/1.jpg"}]
+    annotations = [{"id": key, "image_id": key, "caption": "a"} for key in (1, 2)]
+    (tmp_path / "refs.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "results.json").write_text(json.dumps([{"image_id": "x/1.jpg", "caption": "a"}]))
+    with pytest.raises(InputError, match="no reference"):
+        evaluate(References.read(tmp_path / "refs.json"), tmp_path / "results.json")
+
+
+def test_two_systems(flickr8k, results, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    better = results({key: texts[0] for key, texts in CAPTIONS.items()}.items(), "better.json")
+    worse = results({key: "a cat on a" for key in CAPTIONS}.items(), "worse.json")
+    report = tmp_path / "scores.json"
+    code, out, _ = run(capsys, flickr8k, better, worse, "--json", report, "--per-image", tmp_path / "images.jsonl")
+    assert code == 0
+    assert "better.json" in out and "worse.json" in out and "yes" in out
+    scores = json.loads(report.read_text())
+    for metric in ("BLEU-1", "ROUGE-L", "CIDEr-D"):
+        difference = scores["difference"][metric]
+        assert difference["difference"] == pytest.approx(scores[metric] - scores["other"][metric])
+        assert difference["low"] <= difference["difference"] <= difference["high"]
+        assert difference["distinguishable"] is True
+    lines = [json.loads(line) for line in (tmp_path / "images.jsonl").read_text().splitlines()]
+    assert [(line["results"], line["image_id"]) for line in lines] == [
+        (str(path), key) for path in (better, worse) for key in CAPTIONS
+    ]
+    code, out, _ = run(capsys, flickr8k, better, better)
+    assert code == 0 and "yes" not in out and out.count(" no ") == 6
+    code, _, err = run(capsys, flickr8k, better, better, better)
+    assert code == 2 and "3 files of results are too many" in err
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([*GIVEN.items(), ("a.jpg", "a")], "captions 1 images more than once (a.jpg): keep one"),
+        ([*GIVEN.items(), ("x/c.jpg", "a")], "captions 1 images more than once (c.jpg)"),
+        ([*GIVEN.items(), ("x.jpg", "a")], "captions 1 of its 4 images for which"),
+        ([*GIVEN.items()][1:], "has no caption for 1 of the 3 images with references (a.jpg)"),
+        ([], "has no caption for 3 of the 3 images with references (a.jpg, b.jpg, c.jpg)"),
+    ],
+)
+def test_ids_that_do_not_match_are_named_and_nothing_is_written(flickr8k, results, tmp_path, capsys, captions, message):
+    code, out, err = run(capsys, flickr8k, results(captions), "--json", tmp_path / "scores.json")
+    assert code == 2 and not out
+    assert message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_an_image_without_references_is_no_image_to_score(coco, results, capsys):
+    path = results([(10, "a"), (11, "a"), (12, "a"), (13, "a")])
+    code, _, err = run(capsys, coco, path)
+    assert code == 2 and "has no reference (13)" in err
+
+
+def test_empty_captions_are_scored_and_named(flickr8k, results, tmp_path, capsys):
+    captions = GIVEN | {"a.jpg": "", "b.jpg": " . "}
+    code, _, err = run(capsys, flickr8k, results(captions.items()), "--json", tmp_path / "scores.json")
+    assert code == 0
+    assert "2 captions without a word (a.jpg, b.jpg); they are scored as they are" in err
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["empty"] == ["a.jpg", "b.jpg"] and report["images"] == 3
+    assert report["BLEU-1"] == score_captions(CAPTIONS, captions)["BLEU-1"].corpus
+
+
+def test_mistakes_of_every_kind(flickr8k, coco, results, tmp_path, capsys):
+    path = results(GIVEN.items())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for args, message in [
+        ((tmp_path / "nowhere", path), "does not exist"),
+        ((empty, path), "holds neither Flickr8k.token.txt nor COCO's folder annotations"),
+        ((path, path), "is JSON but not COCO's"),
+        ((flickr8k, tmp_path / "nowhere.json"), "does not exist"),
+        ((flickr8k, path, "--split", "val"), "no split 'val'; choose from train, dev, test"),
+        ((coco, path, "--split", "val"), "leave the split out"),
+        ((flickr8k, path, "--train", tmp_path / "nowhere"), "does not exist"),
+        ((flickr8k, path, "--json", tmp_path / "no" / "where.json"), "cannot be written"),
+        ((flickr8k, path, "--per-image", tmp_path), "it is a folder"),
+        ((flickr8k, path, "--seed", "-1"), "not a whole number"),
+        ((flickr8k,), "RESULTS"),
+    ]:
+        code, out, err = run(capsys, *args)
+        assert code == 2 and not out, args
+        assert message in err and len(err.splitlines()) == 1, err
+
+
+def test_listed():
+    assert listed([1, "b"]) == "1, b"
+    assert listed(range(7)) == "0, 1, 2, 3, 4 and 2 more"
+
+
+@pytest.mark.parametrize("missing", ["pycocoevalcap", "java"])
+def test_meteor_says_what_it_lacks(flickr8k, results, capsys, monkeypatch, missing):
+    if missing == "java":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(capsys, flickr8k, results(GIVEN.items()), "--meteor")
+    assert code == 2 and err.startswith("captioner: METEOR needs ") and len(err.splitlines()) == 1
+    assert ("captioner[java]" in err) == (missing == "pycocoevalcap")
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
+def test_meteor(flickr8k, results, tmp_path, capsys):
+    pytest.importorskip("pycocoevalcap")
+    captions = GIVEN | {"a.jpg": "a dog is running", "c.jpg": ""}
+    code, out, _ = run(capsys, flickr8k, results(captions.items()), "--meteor", "--json", tmp_path / "s.json")
+    assert code == 0 and "METEOR" in out
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["METEOR"] == pytest.approx(0.27, abs=0.05)
+    assert "METEOR" not in report["intervals"]
+
+
+def test_it_needs_no_torch_and_its_help_fits_a_screen():
+    code = "import sys; from captioner.cli import main; main(['score', '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "RESULTS" in result.stdout
+    assert len(result.stdout.splitlines()) <= 24
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_five_thousand_images_take_seconds(tmp_path):
+    random = Random(0)
+    words = [f"word{number}" for number in range(500)]
+
+    def caption():
+        return " ".join(random.choices(words, k=11)) + "."
+
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(5000)]
+    annotations = [{"id": key, "image_id": key % 5000, "caption": caption()} for key in range(25_000)]
+    (tmp_path / "refs.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    results = [{"image_id": number, "caption": caption()} for number in range(5000)]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    code = (
+        "import sys; from captioner.cli import main; "
+        f"code = main(['score', {str(tmp_path / 'refs.json')!r}, {str(tmp_path / 'results.json')!r}]); "
+        "assert not {'torch', 'lightning', 'nltk'} & set(sys.modules); sys.exit(code)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - start < 20  # about 4 s; a busy machine may take longer
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(
+    ["a dog", "A dog.\u2028A cat", "a\rdog", "one\vtwo\ftwo", "", ".", "\x85", "5 1/2 dogs", "a dog runs on the grass"]
+)
+sets = st.dictionaries(st.integers(), st.tuples(st.lists(texts, min_size=1, max_size=3), texts), min_size=1, max_size=6)
+deterministic = settings(derandomize=True, deadline=None, max_examples=100)
+
+
+@deterministic
+@given(sets, st.randoms(use_true_random=False))
+def test_any_captions_have_scores_in_range_whatever_their_order(images, random):
+    references = {key: list(captions) for key, (captions, _) in images.items()}
+    hypotheses = {key: caption for key, (_, caption) in images.items()}
+    scores = score_captions(references, hypotheses)
+    order = random.sample([*images], len(images))
+    shuffled = score_captions(
+        {key: random.sample(references[key], len(references[key])) for key in reversed(order)},
+        {key: hypotheses[key] for key in order},
+    )
+    place = [list(hypotheses).index(key) for key in order]
+    for metric, score in scores.items():
+        top = 10 if metric == "CIDEr-D" else 1
+        for value in (score.corpus, *score.per_image):
+            assert -1e-9 <= value <= top + 1e-9
+        assert shuffled[metric].corpus == pytest.approx(score.corpus, abs=1e-9)
+        assert shuffled[metric].per_image == pytest.approx(score.per_image[place], abs=1e-9)
+
+
+@deterministic
+@given(st.lists(texts, min_size=2, max_size=8))
+def test_a_caption_never_reaches_another_image(captions):
+    # Each image's reference is its caption, with a word that no other has: only the right image scores.
+    marked = {number: f"image{number} {caption}" for number, caption in enumerate(captions)}
+    scores = score_captions({number: [caption] for number, caption in marked.items()}, marked)
+    assert scores["ROUGE-L"].per_image == pytest.approx(1)
+    assert scores["BLEU-1"].per_image == pytest.approx(1, abs=1e-6)
