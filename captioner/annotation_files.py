@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,12 +189,19 @@ class COCOCaptions(CaptionFiles):
             raise InputError(
                 f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: download it again."
             ) from None
+        except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+            raise InputError(f"{path} is not JSON that can be read: download it again.") from None
         coco = COCO()
         try:
             coco.dataset = {key: dataset[key] for key in ("images", "annotations")}
             with contextlib.redirect_stdout(io.StringIO()):
                 coco.createIndex()
-            unreadable = [key for key, annotation in coco.anns.items() if not isinstance(annotation["caption"], str)]
+            annotations = dataset["annotations"]
+            unreadable = [one["id"] for one in annotations if not isinstance(one["caption"], str)]
+            unknown = list(dict.fromkeys(one["image_id"] for one in annotations if one["image_id"] not in coco.imgs))
+            doubled = [
+                image_id for image_id, times in Counter(one["id"] for one in dataset["images"]).items() if times > 1
+            ]
             records = [
                 CaptionedImage(
                     image_id,
@@ -210,6 +218,13 @@ class COCOCaptions(CaptionFiles):
             raise InputError(f"{path} is JSON but not COCO's: give 'images' and 'annotations' as lists.") from None
         if unreadable:
             raise InputError(f"{path}, annotation {unreadable[0]} has a caption that is not text: mend or remove it.")
+        if unknown:
+            raise InputError(
+                f"{path} has captions of {len(unknown)} images that its 'images' do not list, the first is "
+                f"{unknown[0]!r}: list them, under the same ids."
+            )
+        if doubled:
+            raise InputError(f"{path} lists the image {doubled[0]!r} more than once: keep one entry.")
         return records
 
 
@@ -271,7 +286,7 @@ def read_text(path: Path) -> str:
         # Bytes first: text mode would turn a carriage return inside a caption into a line break.
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: put the dataset's file there.") from None
+        raise InputError(f"{path} does not exist: check the path.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}: convert it to UTF-8.") from None
     except OSError as error:

@@ -201,6 +201,7 @@ def _write(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
 
 
@@ -301,7 +302,7 @@ def _score(args: Sequence[str]) -> int:
     )
     parser.add_argument("--split", metavar="NAME", help="the images of one split only, such as dev")
     parser.add_argument(
-        "--train", type=Path, metavar="PATH", help="training captions, a folder or file: how many captions are new?"
+        "--train", type=Path, metavar="PATH", help="folder (its split train) or file: how many captions are new?"
     )
     parser.add_argument("--meteor", action="store_true", help="METEOR too; needs Java and the extra 'java'")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the bootstrap (default 0)")
@@ -310,30 +311,36 @@ def _score(args: Sequence[str]) -> int:
     options = parser.parse_args(args[1:])
     if len(options.results) > 2:
         raise InputError(f"{len(options.results)} files of results are too many: give one, or two to compare.")
-    for path in (options.json, options.per_image):
-        if path is not None:
-            _check_writable(path)
+    read = [path for path in (options.references, options.train, *options.results) if path is not None]
+    for number, path in enumerate(written := [path for path in (options.json, options.per_image) if path is not None]):
+        _check_writable(path)
+        if path.resolve() in [other.resolve() for other in (*read, *written[:number])]:
+            raise InputError(f"The file {path} is named twice: write to one of its own.")
 
     from rich.console import Console
 
-    from captioner import evaluation
-    from captioner.metrics import check_meteor
+    from captioner.evaluation import ReferenceCaptions, TrainingCaptions, evaluate
+    from captioner.metrics import find_meteor
+    from captioner.report import as_json, per_image, remarks, show
 
     if options.meteor:
-        check_meteor()
-    references = evaluation.References.read(options.references, options.split)
-    training = None if options.train is None else evaluation.read_training(options.train)
-    systems = [
-        evaluation.evaluate(references, path, training=training, with_meteor=options.meteor) for path in options.results
-    ]
-    for line in evaluation.remarks(references, systems):
-        print(f"captioner: {line}", file=sys.stderr)
-    evaluation.show(references, systems, training, options.seed, Console())
+        find_meteor()
+    evaluation = evaluate(
+        ReferenceCaptions.read(options.references, options.split),
+        options.results,
+        training=None if options.train is None else TrainingCaptions.read(options.train),
+        with_meteor=options.meteor,
+        seed=options.seed,
+    )
+    # The files first: who reads our output may stop reading.
     if options.json is not None:
-        report = evaluation.as_json(references, systems, training, options.seed)
-        _write(options.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        _write(options.json, json.dumps(as_json(evaluation), indent=2, ensure_ascii=False) + "\n")
     if options.per_image is not None:
-        _write(options.per_image, "".join(evaluation.per_image(systems)))
+        _write(options.per_image, "".join(per_image(evaluation)))
+    for line in remarks(evaluation):
+        print(f"captioner: {line}", file=sys.stderr)
+    # A file or a pipe has no width: lines are not broken for it.
+    show(evaluation, Console(width=None if sys.stdout.isatty() else 160))
     return 0
 
 

@@ -61,7 +61,7 @@ def read_results(path: Path) -> list[Result]:
 def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): write it again.") from None
     for number, record in enumerate(records, 1):
         yield f"{path}, record {number}", record
@@ -73,36 +73,47 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}, line {number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise InputError(
                 f"{path}, line {number} is not valid JSON: give a JSON list of records, or one record in each line."
             ) from None
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    header = rows.fieldnames or ()
-    if "caption" not in header or not set(IMAGE_KEYS) & set(header):
-        raise InputError(
-            f"{path} is neither JSON nor CSV with the columns image_id and caption: "
-            "name them in its first line, or give a COCO results file."
-        )
+    first, _, _ = text.partition("\n")
+    delimiter = max(",;\t", key=first.count)  # spreadsheets write what their country's comma leaves over
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        header = [name.strip() for name in next(rows)]
+        if "caption" not in header or not set(IMAGE_KEYS) & set(header) or len(set(header)) < len(header):
+            raise InputError(
+                f"{path} is neither JSON nor CSV with the columns image_id and caption: "
+                "name them in its first line, each once, or give a COCO results file."
+            )
         for row in rows:
+            if not any(value.strip() for value in row):
+                continue
             where = f"{path}, line {rows.line_num}"
-            if None in row:
+            if len(row) > len(header):
                 raise InputError(f"{where} has more values than columns: put a caption with commas in double quotes.")
-            yield where, row
+            yield where, dict(zip(header, row, strict=False))
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num + 1} is not valid CSV ({error}): mend the line.") from None
+        raise InputError(f"{path}, line {rows.line_num} is not valid CSV ({error}): mend the line.") from None
 
 
 def _result(where: str, record: Any) -> Result:
     if not isinstance(record, Mapping):
         raise InputError(f"{where} is not an object: give one with 'image_id' and 'caption'.")
-    image = next((record[key] for key in IMAGE_KEYS if key in record), None)
-    if not isinstance(image, str | int) or isinstance(image, bool) or image == "":
+    image = next((record[key] for key in IMAGE_KEYS if record.get(key) not in (None, "")), None)
+    if isinstance(image, float) and image.is_integer():
+        image = int(image)  # what pandas makes of a number's column in which one was missing
+    if not isinstance(image, str | int) or isinstance(image, bool):
         raise InputError(f"{where} names no image: give 'image_id', or 'image' or 'file_name', as a text or a number.")
-    if not isinstance(record.get("caption"), str):
-        raise InputError(f"{where} (image {image}) has no caption: give 'caption' as a text, which may be empty.")
-    return Result(image, record["caption"])
+    caption = record.get("caption")
+    if not isinstance(caption, str):
+        raise InputError(f"{where} (image {image!r}) has no caption: give 'caption' as a text, which may be empty.")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} (image {image!r}) has half a character (a lone surrogate): mend it.") from None
+    return Result(image, caption)

@@ -16,7 +16,7 @@ LEVELS = {
     0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint"],
     1: ["metrics", "results", "vocabulary", "encoders", "bridges", "decoders", "scenes", "annotation_cache"],
     2: ["model", "objectives", "datamodule", "evaluation"],
-    3: ["task", "overlay", "faithfulness"],
+    3: ["task", "overlay", "faithfulness", "report"],
     4: ["training"],
     5: ["demo"],
     6: ["cli"],

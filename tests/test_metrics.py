@@ -439,8 +439,10 @@ def test_document_frequencies_that_no_corpus_has():
         DocumentFrequencies.from_references({})
     with pytest.raises(InputError, match="Image 8 has no reference"):
         DocumentFrequencies.from_references({1: [["a"]], 8: []})
-    with pytest.raises(InputError, match="up to 3 do not fit 2 images"):
+    with pytest.raises(InputError, match="1 to 3 do not fit 2 images"):
         DocumentFrequencies(2, {("a",): 3, ("b",): 1})
+    with pytest.raises(InputError, match="0 to 1 do not fit 2 images"):
+        DocumentFrequencies(2, {("a",): 0, ("b",): 1})
     with pytest.raises(InputError, match="do not fit 0 images"):
         DocumentFrequencies(0, {})
 

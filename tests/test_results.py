@@ -5,7 +5,7 @@ import pytest
 from captioner.errors import InputError
 from captioner.results import Result, read_results
 
-TEXT = 'a "dog", two\u2028cats,\r\n\x0b\x85 é ünd 한글 😀'
+TEXT = 'a "dog"; two\u2028cats,\r\n\x0b\x0c\x85 é ünd 한글 😀'
 RECORDS = [{"image_id": 42, "caption": TEXT}, {"image_id": "b.jpg", "caption": ""}]
 
 
@@ -42,6 +42,18 @@ def test_csv(tmp_path, end):
     assert read_results(path) == [Result("42", TEXT), Result("b.jpg", "")]
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", ", "])
+def test_csv_of_spreadsheets(tmp_path, delimiter):
+    lines = [delimiter.join(("image_id", "caption")), delimiter.join(("7", "a dog")), " "]
+    path = write(tmp_path / "results.csv", "\r\n".join(lines))
+    assert [(result.image, result.caption.strip()) for result in read_results(path)] == [("7", "a dog")]
+
+
+def test_whole_numbers_of_any_kind_and_empty_names(tmp_path):
+    records = [{"image_id": 7.0, "caption": "a"}, {"image_id": None, "image": "", "file_name": "x.jpg", "caption": "b"}]
+    assert read_results(write(tmp_path / "results.json", json.dumps(records))) == [Result(7, "a"), Result("x.jpg", "b")]
+
+
 def test_image_id_comes_before_other_names(tmp_path):
     record = {"file_name": "x.jpg", "image": "y.jpg", "image_id": 1, "caption": "a"}
     assert read_results(write(tmp_path / "results.json", json.dumps([record]))) == [Result(1, "a")]
@@ -62,13 +74,20 @@ def test_image_id_comes_before_other_names(tmp_path):
         ('[{"image_id": true, "caption": "a"}]', "record 1 names no image"),
         ('[{"image_id": 1.5, "caption": "a"}]', "record 1 names no image"),
         ('[{"image_id": "", "caption": "a"}]', "record 1 names no image"),
+        ("[{}" + "0" * 5000 + "]", "is not valid JSON"),
+        ('[{"image_id": 1' + "0" * 5000 + ', "caption": "a"}]', "is not valid JSON"),
+        ('[{"image_id": 1, "caption": "\\ud800"}]', "half a character"),
+        ('image_id"x,"caption\n', "is not valid CSV"),
+        ('"image_id"x,caption\n', "line 1 is not valid CSV"),
+        ("image_id,caption,caption\n", "each once"),
+        ('{"annotations": [{"image_id": 1, "caption": "a"}]}', "line 1 names no image"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 7}]', r"record 2 \(image 7\) has no caption"),
         ('[{"image_id": 1, "caption": ["a"]}]', r"record 1 \(image 1\) has no caption"),
         ("a dog\na cat\n", "neither JSON nor CSV with the columns image_id and caption"),
         ("image_id,text\n1,a\n", "neither JSON nor CSV"),
         ("name,caption\n1,a\n", "neither JSON nor CSV"),
         ("image_id,caption\n1,a dog, running\n", "line 2 has more values than columns"),
-        ("image_id,caption\n1,a\n2\n", r"line 3 \(image 2\) has no caption"),
+        ("image_id,caption\n1,a\n2\n", r"line 3 \(image '2'\) has no caption"),
         ('image_id,caption\n1,"a" b\n', "line 2 is not valid CSV"),
         ('image_id,caption\n1,"a\n', "is not valid CSV"),
     ],

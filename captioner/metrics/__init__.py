@@ -6,10 +6,10 @@ every image counts once. `bootstrap` says how sure a score is, `diversity` what 
 """
 
 from captioner.metrics.bleu import bleu
-from captioner.metrics.bootstrap import Comparison, Interval, bootstrap, paired_bootstrap
+from captioner.metrics.bootstrap import Comparison, Interval, bootstrap, interval, paired_bootstrap, resample
 from captioner.metrics.cider import CIDErD, DocumentFrequencies, cider_d
 from captioner.metrics.diversity import Diversity, diversity
-from captioner.metrics.meteor import check_meteor, meteor
+from captioner.metrics.meteor import find_meteor, meteor
 from captioner.metrics.rouge import rouge_l
 from captioner.metrics.score import Score
 from captioner.metrics.text import score_captions, score_tokens
@@ -24,12 +24,14 @@ __all__ = [
     "Score",
     "bleu",
     "bootstrap",
-    "check_meteor",
     "cider_d",
     "diversity",
+    "find_meteor",
+    "interval",
     "meteor",
     "paired_bootstrap",
     "ptb_tokenize",
+    "resample",
     "rouge_l",
     "score_captions",
     "score_tokens",

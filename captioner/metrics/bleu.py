@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,14 +47,14 @@ def bleu(
     images = [_statistics(*one) for one in pair(references, hypotheses)]
     statistics = np.array(images, np.float64)  # (B, 2 + 2 * LONGEST)
     per_image = _from_statistics(statistics)
-    return {f"BLEU-{n + 1}": _score(statistics, per_image, n) for n in range(LONGEST)}
+    once = np.ones(len(statistics), np.int64)
+    over = [partial(_corpus, statistics, n) for n in range(LONGEST)]
+    return {f"BLEU-{n + 1}": Score(over[n](once), per_image[:, n], over[n]) for n in range(LONGEST)}
 
 
-def _score(statistics: NDArray[np.float64], per_image: NDArray[np.float64], n: int) -> Score:
-    def over(counts: NDArray[np.int64]) -> float:
-        return float(_from_statistics(counts @ statistics)[n])
-
-    return Score(over(np.ones(len(statistics), np.int64)), per_image[:, n], over)
+def _corpus(statistics: NDArray[np.float64], n: int, counts: NDArray[np.int64]) -> float:
+    """Return BLEU-(n + 1) of a set that has each image a number of times, (B,)."""
+    return float(_from_statistics(counts @ statistics)[n])
 
 
 def _statistics(references: Sequence[Sequence[str]], hypothesis: Sequence[str]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from captioner.errors import InputError
 from captioner.metrics.score import Score
 
 RESAMPLES = 1000
+NEGLIGIBLE = 1e-6  # BLEU's constants against a division by 0 make differences of this size out of nothing
 
 
 class Interval(NamedTuple):
@@ -44,8 +45,12 @@ class Comparison(NamedTuple):
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval leaves out 0: another set of such images would hardly turn the order round."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0: another set of such images would hardly turn the order round.
+
+        Of few images the interval is too narrow. Of two systems that are equally good, one in twenty is told apart by
+        chance, for each score that is looked at.
+        """
+        return self.low > NEGLIGIBLE or self.high < -NEGLIGIBLE
 
 
 def bootstrap(score: Score, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -59,7 +64,7 @@ def bootstrap(score: Score, *, resamples: int = RESAMPLES, seed: int = 0) -> Int
     score
         One that can be resampled, see `Score.over`.
     resamples
-        How many sets of images are drawn.
+        How many sets of images are drawn, at least 1.
     seed
         The same seed gives the same answer.
 
@@ -68,7 +73,7 @@ def bootstrap(score: Score, *, resamples: int = RESAMPLES, seed: int = 0) -> Int
     InputError
         If the score cannot be resampled.
     """
-    return Interval(*_percentiles(_resampled(score, resamples, seed)))
+    return interval(resample([score], resamples=resamples, seed=seed)[:, 0])
 
 
 def paired_bootstrap(first: Score, second: Score, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
@@ -86,29 +91,37 @@ def paired_bootstrap(first: Score, second: Score, *, resamples: int = RESAMPLES,
     InputError
         If the two do not score equally many images, or one cannot be resampled.
     """
-    if first.per_image.shape != second.per_image.shape:
-        raise InputError(
-            f"Scores of {first.per_image.size} and {second.per_image.size} images cannot be compared: "
-            "score both systems on the same images in the same order."
-        )
-    differences = _resampled(first, resamples, seed) - _resampled(second, resamples, seed)
-    return Comparison(first.corpus - second.corpus, *_percentiles(differences))
+    values = resample([first, second], resamples=resamples, seed=seed)
+    return Comparison(first.corpus - second.corpus, *interval(values[:, 0] - values[:, 1]))
 
 
-def _resampled(score: Score, resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return the corpus score over each draw of images, (resamples,). The draws follow from the seed alone."""
-    if score.over is None:
+def resample(scores: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
+    """Return corpus scores over draws of images, the same draws for all, (resamples, len(scores)).
+
+    Raises
+    ------
+    InputError
+        If the scores are not of equally many images, or one cannot be resampled.
+    """
+    images = len(scores[0].per_image)
+    for score in scores:
+        if len(score.per_image) != images:
+            raise InputError(
+                f"Scores of {images} and {len(score.per_image)} images cannot be compared: "
+                "score both systems on the same images in the same order."
+            )
+    over = [score.over for score in scores if score.over is not None]
+    if len(over) < len(scores):
         raise InputError("This score cannot be resampled: it is not computed from figures for each image.")
-    return np.array([score.over(counts) for counts in _draws(len(score.per_image), resamples, seed)])
-
-
-def _draws(images: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield for each draw how often it has each image, (images,)."""
     random = np.random.default_rng(seed)
-    for _ in range(resamples):
-        yield np.bincount(random.integers(images, size=images), minlength=images)
+    values = np.empty((resamples, len(scores)))
+    for row in values:
+        counts = np.bincount(random.integers(images, size=images), minlength=images)  # how often the draw has each
+        row[:] = [one(counts) for one in over]
+    return values
 
 
-def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+def interval(values: NDArray[np.float64]) -> Interval:
+    """Return between what lie 95 % of resampled values, (resamples,)."""
     low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return Interval(float(low), float(high))

@@ -71,7 +71,7 @@ class DocumentFrequencies:
     Raises
     ------
     InputError
-        If there is no image, or an n-gram in more images than there are: it would weigh less than nothing.
+        If there is no image, or an n-gram in none or in more images than there are.
     """
 
     images: int
@@ -79,11 +79,11 @@ class DocumentFrequencies:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no corpus has."""
-        most = max(self.counts.values(), default=1)
-        if self.images < most:
+        least, most = min(self.counts.values(), default=1), max(self.counts.values(), default=1)
+        if least < 1 or self.images < most:
             raise InputError(
-                f"Document frequencies of up to {most} do not fit {self.images} images: give the number of images in "
-                "which the n-grams were counted."
+                f"Document frequencies of {least} to {most} do not fit {self.images} images: give the number of images "
+                "in which the n-grams were counted."
             )
 
     @classmethod

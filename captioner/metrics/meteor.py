@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,25 +13,29 @@ from captioner.errors import InputError
 from captioner.metrics.score import ImageId, Score, pair
 
 
-def check_meteor() -> None:
-    """Say what METEOR lacks here.
+def find_meteor() -> Path:
+    """Return where METEOR's program is.
 
     Raises
     ------
     InputError
-        If pycocoevalcap is not installed, or there is no Java.
+        If pycocoevalcap is not installed, or there is no Java that runs.
     """
-    if importlib.util.find_spec("pycocoevalcap") is None:
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or package.submodule_search_locations is None:
         raise InputError("METEOR needs pycocoevalcap, which is not installed: pip install 'captioner[java]'.")
-    if shutil.which("java") is None:
-        raise InputError("METEOR needs Java, and there is no command 'java': install a Java runtime.")
+    try:
+        subprocess.run(["java", "-version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise InputError("METEOR needs Java, and 'java -version' does not run here: install a Java runtime.") from None
+    return Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
 
 
 def meteor(references: Mapping[ImageId, Sequence[Sequence[str]]], hypotheses: Mapping[ImageId, Sequence[str]]) -> Score:
     """Return METEOR 1.5 with its settings for English, as COCO's tools compute it.
 
-    METEOR aligns words by their form, stem, synonym or paraphrase, so it takes its authors' tables and program
-    (`pycocoevalcap.meteor`). nltk's function of that name computes another score, 15 to 25 points higher.
+    METEOR aligns words by their form, stem, synonym or paraphrase, so it takes its authors' tables and program. nltk's
+    function of that name computes another score, 15 to 25 points higher.
 
     Parameters
     ----------
@@ -42,20 +47,39 @@ def meteor(references: Mapping[ImageId, Sequence[Sequence[str]]], hypotheses: Ma
     Returns
     -------
     Score
-        The corpus score is not the mean over the images, and has no interval.
+        The corpus score is not the mean over the images, and cannot be resampled.
 
     Raises
     ------
     InputError
-        If the ids of references and hypotheses differ, if there are none, or if pycocoevalcap or Java is missing.
+        If the ids of references and hypotheses differ, if there are none, or if pycocoevalcap or Java is missing or
+        fails.
     """
-    check_meteor()
+    program = find_meteor()
     pairs = pair(references, hypotheses)
-    from pycocoevalcap.meteor.meteor import Meteor
+    command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", program.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipe = subprocess.PIPE
+    try:
+        with subprocess.Popen(
+            command, cwd=program.parent, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", bufsize=1
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                # An answer for each line, or the two programs would wait for each other when the pipes are full.
+                statistics = []
+                for image, hypothesis in pairs:
+                    process.stdin.write(" ||| ".join(["SCORE", *map(_line, image), _line(hypothesis)]) + "\n")
+                    statistics.append(process.stdout.readline().strip())
+                process.stdin.write(" ||| ".join(["EVAL", *statistics]) + "\n")
+                *per_image, corpus = (float(process.stdout.readline()) for _ in range(len(pairs) + 1))
+            finally:
+                process.kill()
+    except (OSError, ValueError):
+        raise InputError(
+            "METEOR's program gave no score: see that Java has 2 GB of memory to take, or leave --meteor out."
+        ) from None
+    return Score(corpus, np.array(per_image, np.float64))
 
-    # By number, since its order of images is that of a dictionary's keys, and as texts, which it cuts at the spaces.
-    corpus, per_image = Meteor().compute_score(
-        {number: [" ".join(reference) for reference in image] for number, (image, _) in enumerate(pairs)},
-        {number: [" ".join(hypothesis)] for number, (_, hypothesis) in enumerate(pairs)},
-    )
-    return Score(float(corpus), np.array(per_image, np.float64))
+
+def _line(tokens: Sequence[str]) -> str:
+    return " ".join(tokens).replace("|||", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -36,7 +37,11 @@ class Score(NamedTuple):
     @classmethod
     def mean(cls, per_image: NDArray[np.float64]) -> Score:
         """Return a score that is the mean over the images."""
-        return cls(float(per_image.mean()), per_image, lambda counts: float(np.average(per_image, weights=counts)))
+        return cls(float(per_image.mean()), per_image, partial(_mean, per_image))
+
+
+def _mean(per_image: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    return float(counts @ per_image / counts.sum())
 
 
 def pair(

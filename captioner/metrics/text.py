@@ -30,11 +30,15 @@ def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapp
     Raises
     ------
     InputError
-        If the ids of references and hypotheses differ, if there are none, or if an image's references are one text.
+        If the ids of references and hypotheses differ, if there are none, if an image's references are one text, or
+        its caption is none.
     """
     for image_id, captions in references.items():
         if isinstance(captions, str):  # a sequence of strings too, each of one letter
             raise InputError(f"The references of image {image_id!r} are one text: give a list of captions.")
+    for image_id, caption in hypotheses.items():
+        if not isinstance(caption, str):
+            raise InputError(f"The caption of image {image_id!r} is a {type(caption).__name__}: give one text.")
     return score_tokens(
         {image_id: [ptb_tokenize(one) for one in captions] for image_id, captions in references.items()},
         {image_id: ptb_tokenize(caption) for image_id, caption in hypotheses.items()},
