@@ -121,7 +121,7 @@ def _table(evaluation: Evaluation) -> Table:
         headers = [str(system.path) for system in systems]
     if len(systems) == 2:
         headers = [f"first: {headers[0]}", f"second: {headers[1]}", "first - second", "differ"]
-    for header in [*headers, "first references"]:
+    for header in [*headers, "people"]:
         table.add_column(escape(header), justify="right", overflow="fold")
 
     for name in systems[0].scores:
