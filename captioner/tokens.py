@@ -42,7 +42,8 @@ def detokenize(words: Sequence[str]) -> str:
     """Return the words as readable text: joined by spaces, with contractions closed up and brackets as brackets.
 
     "do n't" becomes "don't", "dog 's" becomes "dog's" and "-lrb- red -rrb-" becomes "(red)"; "can not" stays as it is.
-    Capitals and dropped punctuation do not come back. `tokenize` gives the same words again.
+    Capitals and dropped punctuation do not come back. `tokenize` gives the same words again, but for rarities such as
+    a bracket that closes up to a smiley.
     """
     text = " ".join(BRACKETS.get(word, word) for word in words)
     return BRACKETED.sub("", CONTRACTION.sub("", text))
