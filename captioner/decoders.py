@@ -11,7 +11,7 @@ has B rows. Words and states have B * Q rows, image by image. Nothing of a memor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -101,8 +101,14 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:
-        """Teacher forcing: the steps over given words (B * Q, T, E), equal to :meth:`step` word by word."""
+    def forward(
+        self, words: Tensor, memory: Memory, need_weights: bool = True, lengths: Tensor | None = None
+    ) -> Outputs:
+        """Teacher forcing: the steps over given words (B * Q, T, E), equal to :meth:`step` word by word.
+
+        With the `lengths` (B, Q) of the captions, on the CPU, a decoder need not take the steps behind a caption's end;
+        what it returns for these is finite and means nothing.
+        """
         raise NotImplementedError
 
     def head_weights(self, words: Tensor, memory: Memory) -> Tensor | None:
@@ -125,6 +131,72 @@ class _Turn(NamedTuple):
     context: Tensor
     weights: Tensor | None
     gate: Tensor | None
+
+
+class _Plan:
+    """Which captions take which step under teacher forcing: one that has ended takes none.
+
+    Images are sorted by their longest caption, and the captions of each by their length; a step is then taken by a
+    block, the first images and the first captions of each, so that a memory is cut and never repeated. Packed are the
+    rows of all blocks, P of them, step by step.
+
+    Parameters
+    ----------
+    images, queries, words : int
+        B, Q and T.
+    lengths : Tensor or None
+        (B, Q) words of each caption, on the CPU; None: all have T.
+
+    Attributes
+    ----------
+    blocks : list of tuple of int
+        How many images and how many captions of each take a step, for each step that any takes.
+    """
+
+    def __init__(self, images: int, queries: int, words: int, lengths: Tensor | None) -> None:
+        self.images, self.queries, self.words = images, queries, words
+        self._image_order: Tensor | None = None
+        self.blocks = [(images, queries)] * words
+        order = torch.arange(images * queries).view(images, queries)
+        if lengths is not None:
+            longest_first, captions = lengths.clamp(min=1).sort(1, descending=True)  # an empty caption takes one step
+            self._image_order = longest_first[:, 0].argsort(descending=True)
+            longest_first = longest_first[self._image_order]
+            order = order.gather(1, captions)[self._image_order]
+            takes = longest_first > torch.arange(words)[:, None, None]  # (T, B, Q)
+            counts = zip(takes[:, :, 0].sum(1).tolist(), takes.any(1).sum(1).tolist(), strict=True)
+            self.blocks = [block for block in counts if block[0]]
+        self._places = torch.cat(
+            [order[:rows, :columns].flatten() * words + t for t, (rows, columns) in enumerate(self.blocks)]
+        )  # (P,) of (B * Q * T)
+
+    def sort(self, memory: Memory) -> Memory:
+        """Return a memory with its images in the order of the blocks."""
+        if self._image_order is None:
+            return memory
+        return tuple(part[self._image_order.to(part.device)] for part in memory)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Return the (P, ...) rows of (B * Q, T, ...) that take their step."""
+        return values.flatten(0, 1)[self._places.to(values.device)]
+
+    def steps(self, packed: Tensor | None) -> Sequence[Tensor | None]:
+        """Return the rows of each step apart, or nothing for each where there is nothing."""
+        return [None] * len(self.blocks) if packed is None else torch.split(packed, [b * q for b, q in self.blocks])
+
+    def cut(self, state: State, t: int) -> State:
+        """Return the rows of a state before step t that go on, as the block of the step before left it."""
+        before, (images, queries) = self.blocks[max(t - 1, 0)], self.blocks[t]
+        if before == (images, queries):
+            return state
+        return tuple(part.view(*before, -1)[:images, :queries].flatten(0, 1) for part in state)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return (B, Q, T, ...) from packed rows, zeros where no step was taken."""
+        values = packed.new_zeros(self.images * self.queries * self.words, *packed.shape[1:])
+        return values.index_copy(0, self._places.to(packed.device), packed).view(
+            self.images, self.queries, self.words, *packed.shape[1:]
+        )
 
 
 class RecurrentDecoder(Decoder):
@@ -162,18 +234,25 @@ class RecurrentDecoder(Decoder):
         turn = self._turn(self._word_gates(word), memory, state, need_weights)
         return Step(self._output(word, turn.spoken, turn.context), turn.state, turn.weights, turn.gate)
 
-    def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:  # noqa: D102
-        state = self.start(memory, len(words) // len(memory[0]))
-        word_gates = self._word_gates(words)  # of all words at once: out of the loop
+    def forward(  # noqa: D102
+        self, words: Tensor, memory: Memory, need_weights: bool = True, lengths: Tensor | None = None
+    ) -> Outputs:
+        plan = _Plan(len(memory[0]), len(words) // len(memory[0]), words.size(1), lengths)
+        memory = plan.sort(memory)
+        state = self.start(memory, plan.queries)
+        words = plan.pack(words)
+        word_gates = plan.steps(self._word_gates(words))  # of all words at once: out of the loop
         turns = []
-        for t in range(words.size(1)):
-            turns.append(self._turn(None if word_gates is None else word_gates[:, t], memory, state, need_weights))
+        for t, (images, _) in enumerate(plan.blocks):
+            seen = tuple(part[:images] for part in memory)
+            turns.append(self._turn(word_gates[t], seen, plan.cut(state, t), need_weights))
             state = turns[-1].state
         _, spoken, contexts, weights, gates = zip(*turns, strict=True)
+        outputs = self._output(words, torch.cat(spoken), torch.cat(contexts))  # all turns at once, too
         return Outputs(
-            self._output(words, torch.stack(spoken, 1), torch.stack(contexts, 1)),  # all turns at once, too
-            None if weights[0] is None else torch.stack(weights, 2),
-            None if gates[0] is None else torch.stack(gates, 2),
+            plan.unpack(outputs).flatten(0, 1),
+            None if weights[0] is None else plan.unpack(torch.cat([one.flatten(0, 1) for one in weights])),
+            None if gates[0] is None else plan.unpack(torch.cat([one.flatten() for one in gates])),
         )
 
     def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -479,7 +558,9 @@ class TransformerDecoder(Decoder):
         outputs, state, weights = self._run(word[:, None], memory, state, (self.layers - 1,) if need_weights else ())
         return Step(outputs[:, 0], state, weights[0].mean(1)[:, :, 0] if weights else None, None)
 
-    def forward(self, words: Tensor, memory: Memory, need_weights: bool = True) -> Outputs:  # noqa: D102
+    def forward(  # noqa: D102
+        self, words: Tensor, memory: Memory, need_weights: bool = True, lengths: Tensor | None = None
+    ) -> Outputs:
         state = self.start(memory, len(words) // len(memory[0]))
         outputs, _, weights = self._run(words, memory, state, (self.layers - 1,) if need_weights else ())
         return Outputs(outputs, weights[0].mean(1) if weights else None, None)

@@ -233,6 +233,20 @@ class Captioner(nn.Module):
         logits = self.output(self.drop(outputs)).unflatten(0, tokens.shape[:2])
         return logits, weights, gates
 
+    def score_words(
+        self, annotations: Annotations, tokens: Tensor, need_weights: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Do as :meth:`forward` does, but score no padding: the logits are (K, V), of the K tokens that are none.
+
+        Weights and gates mean nothing behind a caption's end.
+        """
+        spoken = tokens[..., 1:] != PAD  # (B, Q, T)
+        # On a GPU the steps wait for each other and not for their rows, and asking it for lengths would stop them all.
+        lengths = spoken.sum(-1) if tokens.device.type == "cpu" else None
+        words = self.embed(tokens[..., :-1].flatten(0, 1))  # (B * Q, T, E)
+        outputs, weights, gates = self.decoder(words, self.memory(annotations), need_weights, lengths)
+        return self.output(self.drop(outputs[spoken.flatten(0, 1)])), weights, gates
+
     def step(self, words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
         """Return the log-probabilities (B * Q, V) of the words after `words` (B * Q,), and the next state."""
         step = self.decoder.step(self.embed(words), memory, state, need_weights=False)

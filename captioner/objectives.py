@@ -52,7 +52,7 @@ class CrossEntropy(nn.Module):
         Parameters
         ----------
         logits : Tensor
-            (B, Q, T, V).
+            (B, Q, T, V), or (K, V) of the K targets that are no padding.
         targets : Tensor
             (B, Q, T) ids, padded.
         weights : Tensor or None
@@ -60,8 +60,9 @@ class CrossEntropy(nn.Module):
         mask : Tensor or None
             (B, N), True where a region exists; None: all exist.
         """
+        words = targets.flatten() if logits.dim() == 4 else targets[targets != PAD]
         cross_entropy = F.cross_entropy(
-            logits.flatten(0, 2).float(), targets.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing
+            logits.flatten(0, -2).float(), words, ignore_index=PAD, label_smoothing=self.label_smoothing
         )
         attention = cross_entropy.new_zeros(()) if weights is None else doubly_stochastic(weights, targets, mask)
         return Loss(cross_entropy + self.doubly_stochastic * attention, cross_entropy, attention)

@@ -185,7 +185,7 @@ class CaptioningTask(LightningModule):
         """Return the objective of a batch."""
         assert batch.tokens is not None
         annotations = self._annotations(batch)
-        logits, weights, _ = self.captioner(annotations, batch.tokens, self.objective.needs_weights)
+        logits, weights, _ = self.captioner.score_words(annotations, batch.tokens, self.objective.needs_weights)
         loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
         total: Tensor = loss.total
         parts = {"cross_entropy": loss.cross_entropy}

@@ -63,6 +63,30 @@ def test_forward_equals_step_word_by_word(name):
         assert same(whole, stepped)
 
 
+@pytest.mark.parametrize("lengths", [[[4, 1], [2, 3], [4, 4]], [[1, 2], [0, 0], [0, 2]], [[0, 0], [0, 0], [0, 0]]])
+@every_decoder
+def test_steps_behind_a_captions_end_change_nothing_before_it(name, lengths):
+    decoder = decoder_of(name)
+    memory = decoder.memory(some_annotations(B, mask=MASK))
+    whole, cut = decoder(some_words(), memory), decoder(some_words(), memory, lengths=torch.tensor(lengths))
+    spoken = torch.arange(T) < torch.tensor(lengths)[..., None]  # (B, Q, T)
+    assert cut.outputs.shape == whole.outputs.shape and cut.outputs.isfinite().all()
+    assert same(cut.outputs[spoken.flatten(0, 1)], whole.outputs[spoken.flatten(0, 1)])
+    for one, other in zip(cut[1:], whole[1:], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.shape == other.shape and same(one[spoken], other[spoken]))
+
+
+def test_a_caption_that_has_ended_takes_no_step():
+    decoder = LSTMDecoder(E, D).double()
+    rows = []
+    decoder.state_to_gates.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    lengths = torch.tensor([[1, 4], [2, 2], [0, 1]])
+    decoder(some_words(), decoder.memory(some_annotations(B)), lengths=lengths)
+    # Blocks of images and captions: 3 x 2 (an empty caption takes a first step), 2 x 2, and twice 1 x 1.
+    assert rows == [6, 4, 1, 1]
+
+
 @every_decoder
 def test_weights_that_nobody_needs_change_nothing_else(name):
     decoder, words = decoder_of(name), some_words()

@@ -177,6 +177,23 @@ def test_forward_equals_step_word_by_word(name):
         assert part is None or part.shape[:3] == (2, 2, 5)
 
 
+@every_decoder
+def test_scoring_no_padding_gives_the_same_loss_and_gradients(name):
+    model = captioner(name).double()
+    annotations = some_annotations(len(TOKENS))
+    gradients = []
+    for score in (model, model.score_words):
+        model.zero_grad()
+        logits, weights, _ = score(annotations, TOKENS)
+        loss = CrossEntropy(label_smoothing=0.1)(logits, TOKENS[..., 1:], weights)
+        loss.total.backward()
+        gradients.append([loss.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    spoken = TOKENS[..., 1:] != PAD
+    assert not spoken.all()  # or this would show nothing
+    assert logits.shape == (spoken.sum(), logits.shape[-1])
+    assert all(same(one, other, 1e-5) for one, other in zip(*gradients, strict=True))  # the loss is in float32
+
+
 def without_gradient(parameter):
     return parameter.grad is None or not parameter.grad.isfinite().all() or parameter.grad.abs().max() < 1e-9
 
