@@ -80,7 +80,7 @@ class Flickr8k(CaptionFiles):
     root
         The folder with ``Flickr8k.token.txt``, the lists ``Flickr_8k.{train,dev,test}Images.txt``, and the photographs
         in ``Images/`` or ``Flicker8k_Dataset/`` (the spelling of the published archive).
-    captions
+    captions_file
         The caption file in that folder.
 
     Notes
@@ -90,12 +90,12 @@ class Flickr8k(CaptionFiles):
 
     splits = ("train", "dev", "test")
 
-    def __init__(self, root: Path, captions: str = "Flickr8k.token.txt") -> None:
+    def __init__(self, root: Path, captions_file: str = "Flickr8k.token.txt") -> None:
         self.root = Path(root)
-        self.captions = captions
+        self.captions_file = captions_file
 
     def __str__(self) -> str:
-        return str(self.root / self.captions)
+        return str(self.root / self.captions_file)
 
     def records(self, split: str | None = None) -> list[CaptionedImage]:
         """Return the images of a split, or all, see `CaptionFiles.records`."""
@@ -116,13 +116,13 @@ class Flickr8k(CaptionFiles):
         uncaptioned = [name for name in names if name not in captions]
         if uncaptioned:
             raise InputError(
-                f"{list_file} names {len(uncaptioned)} images that have no caption in {self.captions}, the first is "
-                f"{uncaptioned[0]}: take both files from the same release."
+                f"{list_file} names {len(uncaptioned)} images that have no caption in {self.captions_file}, the first "
+                f"is {uncaptioned[0]}: take both files from the same release."
             )
         return names
 
     def _read_captions(self) -> dict[str, list[str]]:
-        path = self.root / self.captions
+        path = self.root / self.captions_file
         captions: dict[str, list[str]] = {}
         for number, line in enumerate(_read_lines(path), 1):
             if not line.strip():
@@ -255,7 +255,7 @@ def open_captions(path: Path) -> CaptionFiles:
         raise InputError(f"{path} does not exist: give a dataset's folder or its caption file.")
     if path.suffix.lower() == ".json":
         return COCOCaptions(path.parent, captions=path.name, images=".", splits=())
-    return Flickr8k(path.parent, captions=path.name)
+    return Flickr8k(path.parent, captions_file=path.name)
 
 
 def _check_split(dataset: str, split: str, splits: tuple[str, ...]) -> None:

@@ -19,15 +19,15 @@ class Files(CaptionFiles):
     splits = ("train", "val", "test")
 
     def __init__(self, folder):
-        self.records = []
+        self.images = []
         for number in range(7):
             path = folder / f"{number}.png"
             Image.new("RGB", (16, 16), (number, 2 * number, 3)).save(path)
             captions = tuple(f"Dog {word}, runs!" for word in ("one", "two", "three", "four")[: number % 4 + 1])
-            self.records.append(CaptionedImage(f"image {number}", path, captions))
+            self.images.append(CaptionedImage(f"image {number}", path, captions))
 
-    def read(self, split):
-        return list(self.records)
+    def records(self, split=None):
+        return list(self.images)
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_each_image_comes_once_with_all_its_captions_the_last_ones_too(files):
     assert sizes == [3, 3, 1]
     assert seen == {
         record.image_id: [caption.lower().replace(",", "").replace("!", "").split() for caption in record.captions]
-        for record in files.records
+        for record in files.images
     }
-    assert list(seen) != [record.image_id for record in files.records]  # shuffled
+    assert list(seen) != [record.image_id for record in files.images]  # shuffled
 
 
 def test_an_image_with_fewer_captions_is_padded(files):
@@ -84,9 +84,9 @@ def test_captions_per_image_draws_anew_each_time(files):
 def test_evaluation_sees_each_image_once_and_in_order(files, name):
     data = ready(files, "fit" if name == "val" else "test")
     found = list(getattr(data, f"{name}_dataloader")())
-    assert [image_id for batch in found for image_id in batch.image_ids] == [r.image_id for r in files.records]
+    assert [image_id for batch in found for image_id in batch.image_ids] == [r.image_id for r in files.images]
     assert all(batch.tokens is None for batch in found)
-    assert data.references(name) == {record.image_id: record.captions for record in files.records}
+    assert data.references(name) == {record.image_id: record.captions for record in files.images}
 
 
 def test_references_are_raw(files):
@@ -95,9 +95,9 @@ def test_references_are_raw(files):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_keeping_in_memory_and_workers_change_nothing(files, workers):
-    reading = CaptionedImages(files.records, SQUASH)
-    kept = CaptionedImages(files.records, SQUASH, keep_in_memory=True)
-    for file in files.records[:1]:
+    reading = CaptionedImages(files.images, SQUASH)
+    kept = CaptionedImages(files.images, SQUASH, keep_in_memory=True)
+    for file in files.images[:1]:
         assert torch.equal(kept[0].images[0], SQUASH.pixels(Image.open(file.path)))
     for one, other in zip(batches(reading, 3, workers), batches(kept, 3), strict=True):
         assert one.image_ids == other.image_ids and torch.equal(one.images, other.images)
@@ -106,7 +106,7 @@ def test_keeping_in_memory_and_workers_change_nothing(files, workers):
 def test_what_is_kept_in_memory_is_read_once(files):
     data = ready(files, keep_in_memory=True)
     before = torch.cat([batch.images for batch in data.val_dataloader()])
-    for record in files.records:
+    for record in files.images:
         record.path.unlink()
     assert torch.equal(torch.cat([batch.images for batch in data.val_dataloader()]), before)
 
@@ -138,9 +138,9 @@ def test_an_unknown_split_is_said(scenes):
 
 
 def test_an_image_that_a_worker_cannot_read_is_named(files):
-    files.records[4].path.write_text("no image")
+    files.images[4].path.write_text("no image")
     with pytest.raises(InputError, match="4.png is not an image"):
-        list(batches(CaptionedImages(files.records, SQUASH), 3, workers=1))
+        list(batches(CaptionedImages(files.images, SQUASH), 3, workers=1))
 
 
 def test_drawn_scenes_come_through(scenes):
