@@ -12,15 +12,19 @@ its matrix into the two of :class:`Additive` and is the same function, so it is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captioner import loops
 from captioner.errors import InputError
+from captioner.loops import Block
 
 Memory = tuple[Tensor, ...]
+Look = Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Annotations(NamedTuple):
@@ -120,6 +124,20 @@ class Attention(nn.Module):
         weights = self.weigh(query, memory)
         return self.read(weights, memory), weights
 
+    def looks(self, memory: Memory, need_weights: bool = True) -> Look:
+        """Return :meth:`forward` for the turns of a loop, which all ask one memory.
+
+        It takes a :class:`~captioner.loops.Block` and its queries (M, query_dim), and gives the contexts
+        (M, context_dim) and the weights (M, N) or None. An attention may share work between the turns.
+        """
+
+        def look(block: Block, query: Tensor) -> tuple[Tensor, Tensor | None]:
+            seen = tuple(part[: block.images] for part in memory)
+            context, weights = self(block.fill(query), seen, need_weights)
+            return block.take(context), None if weights is None else block.take(weights)
+
+        return look
+
 
 def normalise(scores: Tensor, mask: Tensor) -> Tensor:
     """Return the softmax over the last dimension, in float32 at least, with exact zeros where `mask` is False."""
@@ -151,9 +169,25 @@ class Additive(Attention):
         return keys
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:  # noqa: D102
-        met = torch.tanh(self.query(query)[:, :, None] + keys[:, None])  # (B, Q, N, A)
+        queries = self.query(query)
+        if keys.device.type == "cpu" and not torch.is_grad_enabled():
+            return loops.additive_scores(queries, keys, self.score.weight)
+        met = torch.tanh(queries[:, :, None] + keys[:, None])  # (B, Q, N, A)
         scores: Tensor = self.score(met).squeeze(-1)
         return scores
+
+    def looks(self, memory: Memory, need_weights: bool = True) -> Look:  # noqa: D102
+        keys, values, mask = memory
+        # A class derived from this one may have changed any of its parts.
+        if keys.device.type != "cpu" or not torch.is_grad_enabled() or type(self) is not Additive:
+            return super().looks(memory, need_weights)
+        project, attend = loops.linear(self.query), loops.additive(keys, values, mask, self.score.weight)
+
+        def look(block: Block, query: Tensor) -> tuple[Tensor, Tensor | None]:
+            context, weights = attend(block, project(query))
+            return context, weights if need_weights else None
+
+        return look
 
 
 class Dot(Attention):

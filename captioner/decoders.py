@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captioner import loops
 from captioner.attention import Additive, Annotations, Attention, Memory, MultiHead, join_heads, split_heads
 from captioner.errors import InputError
+from captioner.loops import Block
 
 State = tuple[Tensor, ...]
+Look = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Linear = Callable[[nn.Linear], Callable[[Tensor], Tensor]]
 
 
 class Step(NamedTuple):
@@ -136,67 +141,83 @@ class _Turn(NamedTuple):
 class _Plan:
     """Which captions take which step under teacher forcing: one that has ended takes none.
 
-    Images are sorted by their longest caption, and the captions of each by their length; a step is then taken by a
-    block, the first images and the first captions of each, so that a memory is cut and never repeated. Packed are the
-    rows of all blocks, P of them, step by step.
+    Captions are sorted by their length, so that those that take a step are the first rows of a state. Packed are the
+    rows of all steps, P of them, step by step. Attention is asked image by image, so that a memory is cut and never
+    repeated: images are sorted by their longest caption, and the queries of a step have their places in a
+    :class:`~captioner.loops.Block` of the first.
 
     Parameters
     ----------
     images, queries, words : int
         B, Q and T.
     lengths : Tensor or None
-        (B, Q) words of each caption, on the CPU; None: all have T.
+        (B, Q) words of each caption, on the CPU; None: all have T, and nothing is sorted.
 
     Attributes
     ----------
-    blocks : list of tuple of int
-        How many images and how many captions of each take a step, for each step that any takes.
+    blocks : list of Block
+        Where the queries of each step stand that any caption takes.
     """
 
     def __init__(self, images: int, queries: int, words: int, lengths: Tensor | None) -> None:
         self.images, self.queries, self.words = images, queries, words
-        self._image_order: Tensor | None = None
-        self.blocks = [(images, queries)] * words
-        order = torch.arange(images * queries).view(images, queries)
-        if lengths is not None:
-            longest_first, captions = lengths.clamp(min=1).sort(1, descending=True)  # an empty caption takes one step
-            self._image_order = longest_first[:, 0].argsort(descending=True)
-            longest_first = longest_first[self._image_order]
-            order = order.gather(1, captions)[self._image_order]
-            takes = longest_first > torch.arange(words)[:, None, None]  # (T, B, Q)
-            counts = zip(takes[:, :, 0].sum(1).tolist(), takes.any(1).sum(1).tolist(), strict=True)
-            self.blocks = [block for block in counts if block[0]]
-        self._places = torch.cat(
-            [order[:rows, :columns].flatten() * words + t for t, (rows, columns) in enumerate(self.blocks)]
-        )  # (P,) of (B * Q * T)
+        self.blocks, self._counts = [Block(images, queries)] * words, [images * queries] * words
+        # The order of images and captions, and the places (P,) of packed rows among B * Q * T; None: as they come.
+        self._images: Tensor | None = None
+        self._captions: Tensor | None = None
+        self._places: Tensor | None = None
+        if lengths is None:
+            return
+        lengths, captions = lengths.clamp(min=1).sort(1, descending=True)  # an empty caption takes one step
+        self._images = lengths[:, 0].argsort(descending=True)
+        lengths = lengths[self._images]
+        captions = (captions + queries * torch.arange(images)[:, None])[self._images].flatten()
+        longest_first = lengths.flatten().argsort(descending=True)
+        self._captions = captions[longest_first]
+        image, query = longest_first // queries, longest_first % queries
+        takes = lengths > torch.arange(int(lengths[0, 0]))[:, None, None]  # (T, B, Q)
+        self._counts = takes.sum((1, 2)).tolist()
+        most = zip(takes.any(2).sum(1).tolist(), takes.any(1).sum(1).tolist(), strict=True)
+        self.blocks = [
+            Block(rows, columns, image[:count] * columns + query[:count])
+            for count, (rows, columns) in zip(self._counts, most, strict=True)
+        ]
+        self._places = torch.cat([self._captions[:count] * words + t for t, count in enumerate(self._counts)])
 
     def sort(self, memory: Memory) -> Memory:
         """Return a memory with its images in the order of the blocks."""
-        if self._image_order is None:
-            return memory
-        return tuple(part[self._image_order.to(part.device)] for part in memory)
+        return _in_order(memory, self._images)
+
+    def sort_captions(self, state: State) -> State:
+        """Return a state with its rows in the order of their lengths."""
+        return _in_order(state, self._captions)
+
+    def cut(self, state: State, t: int) -> State:
+        """Return the rows of a state before step t that go on."""
+        return tuple(part[: self._counts[t]] for part in state)
 
     def pack(self, values: Tensor) -> Tensor:
         """Return the (P, ...) rows of (B * Q, T, ...) that take their step."""
-        return values.flatten(0, 1)[self._places.to(values.device)]
+        if self._places is None:
+            return values.transpose(0, 1).flatten(0, 1)
+        return values.flatten(0, 1).index_select(0, self._places)
 
     def steps(self, packed: Tensor | None) -> Sequence[Tensor | None]:
         """Return the rows of each step apart, or nothing for each where there is nothing."""
-        return [None] * len(self.blocks) if packed is None else torch.split(packed, [b * q for b, q in self.blocks])
-
-    def cut(self, state: State, t: int) -> State:
-        """Return the rows of a state before step t that go on, as the block of the step before left it."""
-        before, (images, queries) = self.blocks[max(t - 1, 0)], self.blocks[t]
-        if before == (images, queries):
-            return state
-        return tuple(part.view(*before, -1)[:images, :queries].flatten(0, 1) for part in state)
+        return [None] * len(self._counts) if packed is None else torch.split(packed, self._counts)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return (B, Q, T, ...) from packed rows, zeros where no step was taken."""
-        values = packed.new_zeros(self.images * self.queries * self.words, *packed.shape[1:])
-        return values.index_copy(0, self._places.to(packed.device), packed).view(
-            self.images, self.queries, self.words, *packed.shape[1:]
-        )
+        captions = self.images * self.queries
+        if self._places is None:
+            values = packed.view(self.words, captions, *packed.shape[1:]).transpose(0, 1)
+        else:
+            values = packed.new_zeros(captions * self.words, *packed.shape[1:]).index_copy(0, self._places, packed)
+        return values.reshape(self.images, self.queries, self.words, *packed.shape[1:])
+
+
+def _in_order(rows: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    return rows if order is None else tuple(part.index_select(0, order) for part in rows)
 
 
 class RecurrentDecoder(Decoder):
@@ -231,35 +252,35 @@ class RecurrentDecoder(Decoder):
         return tuple(part.repeat_interleave(queries, 0) for part in memory[: self._states])
 
     def step(self, word: Tensor, memory: Memory, state: State, need_weights: bool = True) -> Step:  # noqa: D102
-        turn = self._turn(self._word_gates(word), memory, state, need_weights)
-        return Step(self._output(word, turn.spoken, turn.context), turn.state, turn.weights, turn.gate)
+        block = Block(len(memory[0]), len(word) // len(memory[0]))
+
+        def look(query: Tensor) -> tuple[Tensor, Tensor | None]:
+            context, weights = self.attention(block.fill(query), memory[self._states :], need_weights)
+            return block.take(context), weights
+
+        turn = self._turn(self._word_gates(word), look, state, linear=lambda layer: layer)
+        gate = None if turn.gate is None else turn.gate.view(block.images, block.queries)
+        return Step(self._output(word, turn.spoken, turn.context), turn.state, turn.weights, gate)
 
     def forward(  # noqa: D102
         self, words: Tensor, memory: Memory, need_weights: bool = True, lengths: Tensor | None = None
     ) -> Outputs:
         plan = _Plan(len(memory[0]), len(words) // len(memory[0]), words.size(1), lengths)
-        memory = plan.sort(memory)
-        state = self.start(memory, plan.queries)
+        state = plan.sort_captions(self.start(memory, plan.queries))
+        look = self.attention.looks(plan.sort(memory[self._states :]), need_weights)
         words = plan.pack(words)
         word_gates = plan.steps(self._word_gates(words))  # of all words at once: out of the loop
-        turns = []
-        for t, (images, _) in enumerate(plan.blocks):
-            seen = tuple(part[:images] for part in memory)
-            turns.append(self._turn(word_gates[t], seen, plan.cut(state, t), need_weights))
+        linear, turns = cache(loops.linear), []
+        for t, block in enumerate(plan.blocks):
+            turns.append(self._turn(word_gates[t], partial(look, block), plan.cut(state, t), linear))
             state = turns[-1].state
         _, spoken, contexts, weights, gates = zip(*turns, strict=True)
         outputs = self._output(words, torch.cat(spoken), torch.cat(contexts))  # all turns at once, too
         return Outputs(
             plan.unpack(outputs).flatten(0, 1),
-            None if weights[0] is None else plan.unpack(torch.cat([one.flatten(0, 1) for one in weights])),
-            None if gates[0] is None else plan.unpack(torch.cat([one.flatten() for one in gates])),
+            None if weights[0] is None else plan.unpack(torch.cat(weights)),
+            None if gates[0] is None else plan.unpack(torch.cat(gates)),
         )
-
-    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the contexts (B * Q, C) and the weights (B, Q, N) of queries (B * Q, H)."""
-        images = len(memory[0])
-        context, weights = self.attention(query.view(images, -1, self.hidden_dim), memory[self._states :], need_weights)
-        return context.flatten(0, 1), weights
 
     _states: int  # number of tensors in a state
 
@@ -270,7 +291,8 @@ class RecurrentDecoder(Decoder):
         """Return what words give to the gates, (..., gates): it depends on no state, so all words are taken at once."""
         raise NotImplementedError
 
-    def _turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
+    def _turn(self, word_gates: Tensor | None, look: Look, state: State, linear: Linear) -> _Turn:
+        """Take a turn of some captions (M rows); `linear` gives a layer as this turn shall call it."""
         raise NotImplementedError
 
     def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:
@@ -355,28 +377,28 @@ class LSTMDecoder(RecurrentDecoder):
         mean = annotations.mean()
         return torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))
 
-    def _turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
+    def _turn(self, word_gates: Tensor | None, look: Look, state: State, linear: Linear) -> _Turn:
         h, c = state
         if self.attend == "before":
-            context, weights, gate = self._see(h, memory, need_weights)
-            h, c = self._recur(word_gates, torch.cat((context, h), 1), c)
+            context, weights, gate = self._see(h, look, linear)
+            h, c = self._recur(word_gates, torch.cat((context, h), 1), c, linear)
         else:
-            h, c = self._recur(word_gates, h, c)
-            context, weights, gate = self._see(h, memory, need_weights)
+            h, c = self._recur(word_gates, h, c, linear)
+            context, weights, gate = self._see(h, look, linear)
         return _Turn((h, c), h, context, weights, gate)
 
-    def _see(self, h: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        context, weights = self._attend(h, memory, need_weights)  # eq. 4 to 6, 13
+    def _see(self, h: Tensor, look: Look, linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        context, weights = look(h)  # eq. 4 to 6, 13
         if not self.gate:
             return context, weights, None
-        beta = torch.sigmoid(self.beta(h))  # beta_t = sigmoid(f_beta(h_{t-1}))
-        return beta * context, weights, beta.view(len(memory[0]), -1)
+        beta = torch.sigmoid(linear(self.beta)(h))  # beta_t = sigmoid(f_beta(h_{t-1}))
+        return beta * context, weights, beta.squeeze(1)
 
     def _word_gates(self, words: Tensor) -> Tensor | None:
         return None if self.word_to_gates is None else self.word_to_gates(words)
 
-    def _recur(self, word_gates: Tensor | None, recurrent: Tensor, c: Tensor) -> State:
-        gates = self.state_to_gates(recurrent)  # eq. 1
+    def _recur(self, word_gates: Tensor | None, recurrent: Tensor, c: Tensor, linear: Linear) -> State:
+        gates = linear(self.state_to_gates)(recurrent)  # eq. 1
         if word_gates is not None:
             gates = gates + word_gates
         i, f, o, g = gates.chunk(4, -1)
@@ -446,20 +468,21 @@ class GRUDecoder(RecurrentDecoder):
         gates: Tensor = self.word_to_gates(words)
         return gates
 
-    def _turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
+    def _turn(self, word_gates: Tensor | None, look: Look, state: State, linear: Linear) -> _Turn:
         (s,) = state
-        context, weights = self._attend(s, memory, need_weights)
+        context, weights = look(s)
         assert word_gates is not None
-        gates = word_gates + self.context_to_gates(context) if self.sees else word_gates
-        return _Turn((self._recur(gates, s),), s, context, weights, None)
+        gates = word_gates + linear(self.context_to_gates)(context) if self.sees else word_gates
+        return _Turn((self._recur(gates, s, linear),), s, context, weights, None)
 
-    def _recur(self, gates: Tensor, s: Tensor) -> Tensor:
+    def _recur(self, gates: Tensor, s: Tensor, linear: Linear) -> Tensor:
         """Return s_i from s_{i-1} (B * Q, H) and what word and context give to z, r and the candidate (B * Q, 3 H)."""
         z_and_r, candidate = gates.tensor_split((2 * self.hidden_dim,), -1)
         # z_i = sigmoid(W_z E y_{i-1} + U_z s_{i-1} + C_z c_i), and r_i alike
-        z, r = torch.sigmoid(z_and_r + self.state_to_gates(s)).chunk(2, -1)
+        z, r = torch.sigmoid(z_and_r + linear(self.state_to_gates)(s)).chunk(2, -1)
         # s~_i = tanh(W E y_{i-1} + U [r_i * s_{i-1}] + C c_i)
-        recurrent = self.state_to_candidate(r * s) if self.reset == "before" else r * self.state_to_candidate(s)
+        to_candidate = linear(self.state_to_candidate)
+        recurrent = to_candidate(r * s) if self.reset == "before" else r * to_candidate(s)
         return (1 - z) * s + z * torch.tanh(candidate + recurrent)  # s_i = (1 - z_i) * s_{i-1} + z_i * s~_i
 
     def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:

@@ -245,7 +245,9 @@ class Captioner(nn.Module):
         lengths = spoken.sum(-1) if tokens.device.type == "cpu" else None
         words = self.embed(tokens[..., :-1].flatten(0, 1))  # (B * Q, T, E)
         outputs, weights, gates = self.decoder(words, self.memory(annotations), need_weights, lengths)
-        return self.output(self.drop(outputs[spoken.flatten(0, 1)])), weights, gates
+        # Not by a mask: the gradient of that is scattered one value after the other.
+        heard = outputs.flatten(0, 1).index_select(0, spoken.flatten().nonzero().squeeze(1))
+        return self.output(self.drop(heard)), weights, gates
 
     def step(self, words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
         """Return the log-probabilities (B * Q, V) of the words after `words` (B * Q,), and the next state."""

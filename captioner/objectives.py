@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,49 @@ class CrossEntropy(nn.Module):
         mask : Tensor or None
             (B, N), True where a region exists; None: all exist.
         """
-        words = targets.flatten() if logits.dim() == 4 else targets[targets != PAD]
-        cross_entropy = F.cross_entropy(
-            logits.flatten(0, -2).float(), words, ignore_index=PAD, label_smoothing=self.label_smoothing
-        )
+        if logits.dim() == 2 and logits.device.type == "cpu":
+            mean: Tensor = _CrossEntropy.apply(logits, targets[targets != PAD], self.label_smoothing)
+            cross_entropy = mean
+        else:
+            words = targets.flatten() if logits.dim() == 4 else targets[targets != PAD]
+            exact = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+            cross_entropy = F.cross_entropy(exact, words, ignore_index=PAD, label_smoothing=self.label_smoothing)
         attention = cross_entropy.new_zeros(()) if weights is None else doubly_stochastic(weights, targets, mask)
         return Loss(cross_entropy + self.doubly_stochastic * attention, cross_entropy, attention)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of logits (K, V) and targets (K,), in float32 at least, row by row.
+
+    Some rows at a time stay in a processor's cache from the logits to their gradient, which is taken on the way. Torch
+    writes and reads the whole matrix in float32 several times instead.
+    """
+
+    rows = 64
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        gradient = torch.empty_like(logits)
+        total = logits.new_zeros((), dtype=exact)
+        for first in range(0, len(logits), _CrossEntropy.rows):
+            some = slice(first, first + _CrossEntropy.rows)
+            target = targets[some, None]
+            likely = logits[some].to(exact).log_softmax(-1)
+            total -= (1 - smoothing) * likely.gather(1, target).sum()
+            if smoothing:
+                total -= smoothing * likely.mean(1).sum()
+            slope = likely.exp_().sub_(smoothing / logits.size(1))
+            slope.scatter_add_(1, target, slope.new_full(target.shape, smoothing - 1))
+            gradient[some] = slope
+        ctx.save_for_backward(gradient)
+        return total / len(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * (gradient / len(slopes)).to(slopes.dtype), None, None
 
 
 def doubly_stochastic(weights: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:

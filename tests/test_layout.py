@@ -12,7 +12,7 @@ import captioner
 
 PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
-    -1: ["errors", "penn_treebank"],
+    -1: ["errors", "loops", "penn_treebank"],
     0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint"],
     1: ["metrics", "results", "vocabulary", "encoders", "bridges", "decoders", "scenes", "annotation_cache"],
     2: ["model", "objectives", "datamodule", "evaluation"],
