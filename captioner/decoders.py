@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -242,6 +242,11 @@ class RecurrentDecoder(Decoder):
     ) -> None:
         super().__init__(embedding_dim, annotation_dim)
         self.attention, self.hidden_dim = attention(hidden_dim, annotation_dim), hidden_dim
+        self._compiled: Callable[[Tensor | None, Memory, State, bool], _Turn] | None = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the turn that :meth:`forward` repeats, by :func:`torch.compile`, and not the loop unrolled."""
+        self._compiled = torch.compile(self._whole_turn, *args, **kwargs)
 
     def memory(self, annotations: Annotations) -> Memory:
         """Return the first state (B, H) each, followed by the attention's memory."""
@@ -252,19 +257,18 @@ class RecurrentDecoder(Decoder):
         return tuple(part.repeat_interleave(queries, 0) for part in memory[: self._states])
 
     def step(self, word: Tensor, memory: Memory, state: State, need_weights: bool = True) -> Step:  # noqa: D102
-        block = Block(len(memory[0]), len(word) // len(memory[0]))
-
-        def look(query: Tensor) -> tuple[Tensor, Tensor | None]:
-            context, weights = self.attention(block.fill(query), memory[self._states :], need_weights)
-            return block.take(context), weights
-
-        turn = self._turn(self._word_gates(word), look, state, linear=lambda layer: layer)
-        gate = None if turn.gate is None else turn.gate.view(block.images, block.queries)
-        return Step(self._output(word, turn.spoken, turn.context), turn.state, turn.weights, gate)
+        turn = self._whole_turn(self._word_gates(word), memory, state, need_weights)
+        weights, gate = (
+            None if part is None else part.view(len(memory[0]), -1, *part.shape[1:])
+            for part in (turn.weights, turn.gate)
+        )
+        return Step(self._output(word, turn.spoken, turn.context), turn.state, weights, gate)
 
     def forward(  # noqa: D102
         self, words: Tensor, memory: Memory, need_weights: bool = True, lengths: Tensor | None = None
     ) -> Outputs:
+        if self._compiled is not None:
+            lengths = None  # turns of one shape
         plan = _Plan(len(memory[0]), len(words) // len(memory[0]), words.size(1), lengths)
         state = plan.sort_captions(self.start(memory, plan.queries))
         look = self.attention.looks(plan.sort(memory[self._states :]), need_weights)
@@ -272,8 +276,12 @@ class RecurrentDecoder(Decoder):
         word_gates = plan.steps(self._word_gates(words))  # of all words at once: out of the loop
         linear, turns = cache(loops.linear), []
         for t, block in enumerate(plan.blocks):
-            turns.append(self._turn(word_gates[t], partial(look, block), plan.cut(state, t), linear))
-            state = turns[-1].state
+            if self._compiled is None:
+                turn = self._turn(word_gates[t], partial(look, block), plan.cut(state, t), linear)
+            else:
+                turn = self._compiled(word_gates[t], memory, state, need_weights)
+            turns.append(turn)
+            state = turn.state
         _, spoken, contexts, weights, gates = zip(*turns, strict=True)
         outputs = self._output(words, torch.cat(spoken), torch.cat(contexts))  # all turns at once, too
         return Outputs(
@@ -281,6 +289,12 @@ class RecurrentDecoder(Decoder):
             None if weights[0] is None else plan.unpack(torch.cat(weights)),
             None if gates[0] is None else plan.unpack(torch.cat(gates)),
         )
+
+    def _whole_turn(self, word_gates: Tensor | None, memory: Memory, state: State, need_weights: bool) -> _Turn:
+        """Take a turn of all captions, B * Q rows."""
+        look = Attention.looks(self.attention, memory[self._states :], need_weights)
+        block = Block(len(memory[0]), len(state[0]) // len(memory[0]))
+        return self._turn(word_gates, partial(look, block), state, linear=lambda layer: layer)
 
     _states: int  # number of tensors in a state
 

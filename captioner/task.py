@@ -70,6 +70,8 @@ class CaptioningTask(LightningModule):
         Of the test: 0 ranks by log-probability, 1 by its mean per token.
     max_words : int
         Longest caption in validation and test.
+    compile : bool
+        Compile the decoder for training with :func:`torch.compile`, which wants a C++ compiler for a CPU.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class CaptioningTask(LightningModule):
         beam_size: int = 5,
         length_penalty: float = 0.7,
         max_words: int = 20,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         # Held in a tuple until the captioner owns it: a module that is registered twice has two names in a checkpoint.
@@ -103,6 +106,7 @@ class CaptioningTask(LightningModule):
         self.word_presence = word_presence
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.beam_size, self.length_penalty, self.max_words = beam_size, length_penalty, max_words
+        self.compiles = compile
         self.model: Captioner | None = None
         self.presence: WordPresence | None = None
         self.scores: dict[str, float] = {}
@@ -132,6 +136,8 @@ class CaptioningTask(LightningModule):
 
     def _build(self, vocabulary: Vocabulary) -> None:
         self.model = Captioner(self._encoder[0], vocabulary, **self._settings)
+        if self.compiles:
+            self.model.decoder.compile()
         if self.word_presence > 0:
             if not self._encoder[0].learns:
                 raise InputError(

@@ -208,6 +208,13 @@ def train(args: Sequence[str]) -> TrainingCLI:
         raise InputError(f"{error.filename} is a file where a folder is needed: choose another folder.") from error
     except MisconfigurationException as error:
         raise InputError(f"The trainer's settings do not fit together: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # neither is loaded for this
+            raise
+        raise InputError(
+            f"The decoder could not be compiled ({' '.join(str(error).split())[:200]}): install a C++ compiler, or set "
+            "model.compile to false."
+        ) from error
     if cli.trainer.is_global_zero:
         if cli.subcommand == "fit":
             path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]

@@ -692,3 +692,25 @@ def test_a_step_adds_one_word_to_the_state(name):
         following = decoder.step(words[:, t], memory, state).state
         assert all(torch.equal(part[:, :, :t], before) for part, before in zip(following, state, strict=True))
         state = following
+
+
+@pytest.mark.parametrize("kind", [LSTMDecoder, GRUDecoder])
+@pytest.mark.parametrize("lengths", [None, [[4, 1], [2, 3], [4, 4]]])
+def test_a_compiled_turn_changes_nothing(kind, lengths):
+    decoder = kind(E, D).double()
+    annotations, lengths = some_annotations(B, mask=MASK), None if lengths is None else torch.tensor(lengths)
+    spoken = torch.ones(B, Q, T, dtype=torch.bool) if lengths is None else torch.arange(T) < lengths[..., None]
+
+    def run():
+        decoder.zero_grad()
+        found = decoder(some_words(), decoder.memory(annotations), lengths=lengths)
+        found = [None if part is None else part[spoken] for part in (found[0].unflatten(0, (B, Q)), *found[1:])]
+        (found[0].square().sum() + found[1].square().sum()).backward()
+        return *found, *(parameter.grad for parameter in decoder.parameters())
+
+    plain = run()
+    turns = []
+    decoder.compile(backend=lambda graph, _: turns.append(graph) or graph.forward)  # torch's tracing, no compiler
+    for one, other in zip(plain, run(), strict=True):
+        assert same(one, other, 1e-10)
+    assert len(turns) == 1  # one turn, whatever its number

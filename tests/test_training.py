@@ -1,12 +1,14 @@
 """The training command line, in-process: what it writes, how it goes on, and what it says of a mistake."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from test_annotation_cache import FOREIGN
+from test_task import rows
 
 from captioner.checkpoint import read
 from captioner.cli import main
@@ -245,3 +247,22 @@ def test_a_fault_in_the_data_is_one_line(mistake, said, own_data, recipe, capsys
 def test_an_error_reaches_python_as_it_is(recipe):
     with pytest.raises(InputError, match="no split"):
         train(["fit", "--config", str(recipe), "--data.val_split", json.dumps("nope")])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiles for the CPU")
+def test_a_compiled_run_has_the_losses_of_a_plain_one(fit):
+    epochs = ("--trainer.max_epochs", "3", "--early_stopping.patience", "99")
+    plain, compiled = (rows(fit(*epochs, "--model.compile", flag)) for flag in ("false", "true"))
+    losses = [[float(line["train/loss"]) for line in run if line["train/loss"]] for run in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][-1] < 0.9 * losses[0][0]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_there_is_one_line(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("missing-compiler",))
+    torch._dynamo.reset()  # of what another test has compiled
+    flags = ["--model.compile", "true", "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", "--config", str(recipe), *flags]) == 1
+    assert "model.compile" in one_line(capsys)

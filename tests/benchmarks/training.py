@@ -22,12 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from captioner.annotation_files import open_captions
 from captioner.attention import Additive, Annotations
 from captioner.bridges import LinearBridge
 from captioner.decoders import LSTMDecoder
-from captioner.encoders import SmallCNN
+from captioner.encoders import ResNet, SmallCNN
 from captioner.model import Captioner
 from captioner.objectives import CrossEntropy
 from captioner.tokens import tokenize
@@ -123,8 +124,8 @@ class AsIsUsual(torch.nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), ignore_index=PAD)
 
 
-def trainer(model, loss_of):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def trainer(model, loss_of, fused):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
     def step(tokens):
         loss_of(tokens).backward()
@@ -135,16 +136,8 @@ def trainer(model, loss_of):
     return step
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--precision", choices=("bf16", "32"), default="bf16")
-    parser.add_argument("--captions", type=Path, help="a dataset's folder or caption file, for its captions' lengths")
-    options = parser.parse_args()
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    mixed = partial(torch.autocast, "cpu", dtype) if options.precision == "bf16" else nullcontext
-    torch.manual_seed(0)
+def decoder_table(options, dtype, mixed):
+    """Seconds of the floor, of our step and of the usual one; and the machine's speeds meanwhile."""
     vocabulary = Vocabulary([f"word{index}" for index in range(VOCABULARY - len(SPECIAL))])
     model = Captioner(
         SmallCNN(width=ANNOTATION_DIM // 4),
@@ -165,7 +158,7 @@ def main():
         with mixed():
             return usual(values, tokens)
 
-    steps = {"Captioner": trainer(model, our_loss), "as is usual": trainer(usual, usual_loss)}
+    steps = {"Captioner": trainer(model, our_loss, fused=True), "as is usual": trainer(usual, usual_loss, fused=False)}
     batches = make_batches(options.captions, options.images, options.rounds + 1)
     seconds, floors, machine = {name: [] for name in steps}, [], []
     for index, tokens in enumerate(batches):
@@ -181,29 +174,91 @@ def main():
             machine.append(speed)
             words = int((tokens[..., 1:] != PAD).sum())
             floors.append(floor_seconds(options.images, words, speed, dtype.itemsize))
-
     medians = {name: statistics.median(found) for name, found in seconds.items()}
-    medians = {"floor": statistics.median(floors), **medians}
-    products, tanhs, memory = (statistics.median(column) for column in zip(*machine, strict=True))
-    console = Console()
-    console.print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {options.precision}, medians of the run: "
-        f"{products / 1e9:.0f} GFLOP/s in products, {tanhs / 1e9:.2f} G tanh/s, {memory / 1e9:.1f} GB/s in copies"
-    )
+    floor = statistics.median(floors)
     table = Table(
         title=f"A training step of {options.images} images with {CAPTIONS} captions, {options.rounds} batches"
     )
     for column in ("", "seconds", "floor's share", "captions/s", "minutes an epoch of Flickr8k"):
         table.add_column(column, justify="right" if column else "left")
-    for name, found in medians.items():
+    for name, found in {"floor": floor, **medians}.items():
         table.add_row(
             name,
             f"{found:.3f}",
-            f"{medians['floor'] / found:.2f}",
+            f"{floor / found:.2f}",
             f"{options.images * CAPTIONS / found:.0f}",
             f"{IMAGES_OF_FLICKR8K / options.images * found / 60:.1f}",
         )
-    console.print(table)
+    return table, [statistics.median(column) for column in zip(*machine, strict=True)]
+
+
+def encoder_table(options, dtype, mixed, products):
+    """Seconds of annotating and of fine-tuning, beside those of the products alone."""
+    pixels = torch.randint(0, 256, (options.images, 3, 224, 224), dtype=torch.uint8)
+    table = Table(title=f"ResNet-50, third stage, 224 pixels, {options.images} images")
+    for column in ("", "seconds", "GFLOP", "floor's share", "images/s", "minutes for 6,000 images"):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(name, work, flops=None):
+        if flops is None:
+            with FlopCounterMode(display=False) as counter:
+                work()
+            flops = counter.get_total_flops()
+        seconds = median_seconds(work, max(2, options.rounds // 3))
+        table.add_row(
+            name,
+            f"{seconds:.2f}",
+            f"{flops / 1e9:.0f}",
+            f"{flops / products / seconds:.2f}",
+            f"{options.images / seconds:.1f}",
+            f"{IMAGES_OF_FLICKR8K / options.images * seconds / 60:.1f}",
+        )
+        return flops
+
+    frozen = ResNet(stage=3, grid=7, learns=False)
+    model = Captioner(frozen, Vocabulary(["word"]))
+    normalised = frozen.preprocessing.normalise(pixels).contiguous(memory_format=torch.channels_last)
+
+    def bare():
+        with torch.inference_mode(), mixed():
+            frozen.body(normalised)
+
+    def annotate():
+        with torch.inference_mode(), mixed():
+            model.annotate(pixels)
+
+    flops = row("the bare CNN", bare)
+    row("annotating, as the cache does", annotate, flops)
+    for learns in ("layer3", True):
+        tuned = Captioner(ResNet(stage=3, grid=7, learns=learns), Vocabulary(["word"])).train()
+
+        def tune(model=tuned):
+            with mixed():
+                loss = model.annotate(pixels).values.float().mean()
+            loss.backward()
+
+        row("fine-tuning " + ("from layer3 on" if learns == "layer3" else "of all stages"), tune)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--precision", choices=("bf16", "32"), default="bf16")
+    parser.add_argument("--captions", type=Path, help="a dataset's folder or caption file, for its captions' lengths")
+    options = parser.parse_args()
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    mixed = partial(torch.autocast, "cpu", dtype) if options.precision == "bf16" else nullcontext
+    torch.manual_seed(0)
+    decoder, (products, tanhs, memory) = decoder_table(options, dtype, mixed)
+    console = Console()
+    console.print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {options.precision}, medians of the run: "
+        f"{products / 1e9:.0f} GFLOP/s in products, {tanhs / 1e9:.2f} G tanh/s, {memory / 1e9:.1f} GB/s in copies"
+    )
+    console.print(decoder)
+    console.print(encoder_table(options, dtype, mixed, products))
 
 
 if __name__ == "__main__":
