@@ -2,10 +2,11 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -302,48 +303,41 @@ def test_regions_that_differ_in_number_are_refused(tmp_path):
 
 # Several processes
 
-FILLER = """\
-import os, sys, time
-from pathlib import Path
-import torch
-from captioner import annotation_cache
-from captioner.attention import Annotations
-from captioner.cache_folder import Index
+FORK = multiprocessing.get_context("fork")  # which has torch imported
 
-annotation_cache.RECORD_SECONDS = 0.0
-folder, notes, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-values = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1))
 
-def compute(first):
-    for start in range(first, 5):
-        with notes.open("a") as file:
-            file.write(f"{start}\\n")
-        yield Annotations(values[start : start + 1], None, (2, 2))
-        time.sleep(pause)
+def fill(folder, notes, printed, pause):
+    """Fill the cache, an image at a time, and note each image that is computed."""
 
-wanted = Index("a" * 64, 5, dataset="Flickr8k in photos", split="train", encoder="VGG16")
-annotation_cache.AnnotationCache.open(folder, wanted, compute)
-"""
+    def compute(first):
+        for start in range(first, 5):
+            with notes.open("a") as file:
+                file.write(f"{start} ")
+            yield Annotations(VALUES[start : start + 1], None, (2, 2))
+            time.sleep(pause)
+
+    with printed.open("w", buffering=1) as sys.stdout:
+        AnnotationCache.open(folder, WANTED, compute)
 
 
 @pytest.fixture
 def filler(tmp_path):
-    """Start a process that fills the cache, an image at a time, and notes each image that it computes."""
-    (tmp_path / "filler.py").write_text(FILLER)
+    """Start a process that fills the cache; it comes with its notes and what it prints."""
     started = []
 
     def start(pause):
-        notes = tmp_path / f"notes{len(started)}"
-        notes.touch()
-        command = [sys.executable, str(tmp_path / "filler.py"), str(tmp_path), str(notes), str(pause)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        files = [tmp_path / f"{name}{len(started)}" for name in ("notes", "printed")]
+        for file in files:
+            file.touch()
+        process = FORK.Process(target=fill, args=(tmp_path, *files, pause))
+        process.start()
         started.append(process)
-        return process, notes
+        return process, *files
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def wait_for(condition, seconds=30):
@@ -354,15 +348,16 @@ def wait_for(condition, seconds=30):
 
 
 def test_a_killed_process_leaves_no_lock_and_its_work_is_gone_on_from(filler, tmp_path):
-    process, notes = filler(60)
-    wait_for(lambda: (tmp_path / ("a" * 16) / "progress.json").exists() and notes.read_text())
     folder = CacheFolder(tmp_path / ("a" * 16))
-    wait_for(lambda: folder.read().done == 1)
+    process, notes, _ = filler(60)
+    wait_for(lambda: notes.read_text() and folder.read() and folder.read().done == 1)
     assert folder.is_being_filled
-    with pytest.raises(InputError, match="being filled by a running process"):
+    with pytest.raises(InputError, match="being filled by a running process") as error:
         folder.delete()
+    one_sentence(error)
     process.kill()  # SIGKILL
-    process.wait()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not folder.is_being_filled and not folder.read().complete
     compute = Compute()
     cache = AnnotationCache.open(tmp_path, WANTED, compute)
@@ -371,30 +366,30 @@ def test_a_killed_process_leaves_no_lock_and_its_work_is_gone_on_from(filler, tm
     assert np.array_equal(cache._values, whole._values)
 
 
-def test_of_two_that_start_at_once_one_fills_and_the_other_waits(filler, tmp_path):
-    processes = [filler(0.2), filler(0.2)]
-    output = [process.communicate(timeout=60)[0] for process, _ in processes]
-    assert [process.returncode for process, _ in processes] == [0, 0], output
-    assert sorted(notes.read_text().split() for _, notes in processes) == [[], list("01234")]
-    assert sum("Annotating 5 train images" in each for each in output) == 1
-    assert sum("Waiting for another process" in each for each in output) <= 1
+def test_of_several_that_start_at_once_one_fills_and_the_others_wait(filler, tmp_path):
+    started = [filler(0.1) for _ in range(3)]
+    for process, *_ in started:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(notes.read_text().split() for _, notes, _ in started) == [[], [], list("01234")]
+    printed = sorted(printed.read_text() for *_, printed in started)
+    assert printed[0].startswith("Annotating 5 train images") and printed[0].count("\n") == 1
+    waiting = f"Waiting for another process, which is filling the cache {tmp_path / ('a' * 16)}.\n"
+    assert printed[1:] == [waiting, waiting]
     holds_the_values(AnnotationCache(tmp_path / ("a" * 16)))
 
 
-def test_who_waits_says_so_and_takes_over_from_a_killed_process(filler, tmp_path):
-    first, _ = filler(60)
-    wait_for(lambda: CacheFolder(tmp_path / ("a" * 16)).is_being_filled)
-    second, notes = filler(0)
-    assert second.stdout.readline() == (
-        f"Waiting for another process, which is filling the cache {tmp_path / ('a' * 16)}.\n"
-    )
+def test_who_waits_takes_over_from_a_killed_process(filler, tmp_path):
+    folder = CacheFolder(tmp_path / ("a" * 16))
+    first, *_ = filler(60)
+    wait_for(lambda: folder.path.exists() and folder.read() and folder.read().done == 1)
+    second, notes, printed = filler(0)
+    wait_for(lambda: "Waiting" in printed.read_text())
     assert notes.read_text() == ""
-    wait_for(lambda: (tmp_path / ("a" * 16) / "progress.json").exists())
-    wait_for(lambda: CacheFolder(tmp_path / ("a" * 16)).read().done == 1)
     first.kill()
-    second.communicate(timeout=60)
-    assert second.returncode == 0 and notes.read_text().split() == list("1234")
-    holds_the_values(AnnotationCache(tmp_path / ("a" * 16)))
+    second.join(60)
+    assert second.exitcode == 0 and notes.read_text().split() == list("1234")
+    holds_the_values(AnnotationCache(folder.path))
 
 
 # The fingerprint
