@@ -53,7 +53,7 @@ def _cells(cache: CacheFolder) -> tuple[str, ...]:
     try:
         index = cache.read()
     except CacheFault as fault:
-        return *[""] * 6, size, "", fault.what
+        return *[""] * 6, size, "", "being filled" if cache.is_being_filled else fault.what
     if index is None:
         return *[""] * 6, size, "", "being filled" if cache.is_being_filled else "empty"
     state = "complete"

@@ -148,8 +148,12 @@ def _cache_list(args: Sequence[str]) -> int:
 
     from captioner.cache_listing import find_caches, show
 
-    # A file or a pipe has no width: lines are not broken for it.
-    show(find_caches(options.directory), Console(width=None if sys.stdout.isatty() else 240))
+    caches = find_caches(options.directory)
+    if caches:
+        # A file or a pipe has no width: lines are not broken for it.
+        show(caches, Console(width=None if sys.stdout.isatty() else 240))
+    else:
+        print(f"There are no caches in {options.directory}.")
     return 0
 
 

@@ -1,12 +1,15 @@
 """The cache: the CNN sees each image once, and a cache that does not fit is never used."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,12 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from rich.text import Text
 from torch import nn
 
-from captioner import annotation_cache
+from captioner import annotation_cache, datamodule
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
-from captioner.cache_folder import CacheFolder, Index, in_gigabytes
+from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 
@@ -106,6 +111,14 @@ def test_it_says_what_it_is_about_to_write(tmp_path, capsys):
     AnnotationCache.open(tmp_path, WANTED, Compute())
     assert capsys.readouterr().out == ""
     assert in_gigabytes(587_000_000) == "0.59 GB" and in_gigabytes(0) == "0.00 GB"
+
+
+def test_a_terminal_sees_images_rate_and_time_left(tmp_path, monkeypatch):
+    terminal = Console(force_terminal=True, file=io.StringIO(), width=120)
+    monkeypatch.setattr(annotation_cache, "Console", lambda: terminal)
+    AnnotationCache.open(tmp_path, WANTED, Compute())
+    shown = Text.from_ansi(terminal.file.getvalue()).plain
+    assert re.search(r"Annotating .* 5/5 .*[\d,]+ images/s \d:\d\d:\d\d", shown), shown
 
 
 # What is damaged, and what is broken off
@@ -347,10 +360,19 @@ def wait_for(condition, seconds=30):
         time.sleep(0.01)
 
 
+def done_in(folder):
+    """The number of images that are recorded, of a cache that another process is just making."""
+    try:
+        index = folder.read()
+    except CacheFault:
+        return 0
+    return 0 if index is None else index.done
+
+
 def test_a_killed_process_leaves_no_lock_and_its_work_is_gone_on_from(filler, tmp_path):
     folder = CacheFolder(tmp_path / ("a" * 16))
-    process, notes, _ = filler(60)
-    wait_for(lambda: notes.read_text() and folder.read() and folder.read().done == 1)
+    process, *_ = filler(60)
+    wait_for(lambda: done_in(folder) == 1)
     assert folder.is_being_filled
     with pytest.raises(InputError, match="being filled by a running process") as error:
         folder.delete()
@@ -382,7 +404,7 @@ def test_of_several_that_start_at_once_one_fills_and_the_others_wait(filler, tmp
 def test_who_waits_takes_over_from_a_killed_process(filler, tmp_path):
     folder = CacheFolder(tmp_path / ("a" * 16))
     first, *_ = filler(60)
-    wait_for(lambda: folder.path.exists() and folder.read() and folder.read().done == 1)
+    wait_for(lambda: done_in(folder) == 1)
     second, notes, printed = filler(0)
     wait_for(lambda: "Waiting" in printed.read_text())
     assert notes.read_text() == ""
@@ -475,6 +497,60 @@ def test_the_cache_holds_what_the_encoder_gives(fit, tmp_path):
         whole = torch.cat([captioner.annotate(images).values for images in data.images(name)])
         cached = data.caches[name].rows(range(len(whole)))
         assert np.allclose(cached.values, whole, atol=2e-3) and cached.grid == (4, 4)
+
+
+def test_the_cache_of_the_mirrored_images_is_one_more_and_training_takes_from_both(fit, tmp_path):
+    flags = (*FOREIGN, "--data.cache", str(tmp_path), "--data.flip", "true", "--trainer.max_epochs", "2")
+    Counting.seen = 0
+    cli = fit(*flags)
+    assert Counting.seen == 1 + 2 * 22 + 9 and len(list(tmp_path.iterdir())) == 3
+    data, captioner = cli.datamodule, cli.model.captioner.eval()
+    mirrored = torch.cat([captioner.annotate(images.flip(-1)).values for images in data.images("train")])
+    assert np.allclose(data.mirrored_cache.rows(range(22)).values, mirrored, atol=2e-3)
+    assert data.train_dataloader().dataset.mirrored_cache is data.mirrored_cache
+    assert data.val_dataloader().dataset.mirrored_cache is None
+
+    # The two runs draw the same: the one that fills the caches and the one that finds them.
+    again = fit(*flags)
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in cli.model.state_dict().items())
+    assert Counting.seen == 1 + 2 * 22 + 9 + len(mirrored) + 1
+
+    upright = fit(*flags, "--data.flip", "false")  # finds the cache of the images as they are
+    assert upright.datamodule.mirrored_cache is None and len(list(tmp_path.iterdir())) == 3
+
+
+def test_on_a_device_with_room_training_takes_from_its_memory(fit, tmp_path, monkeypatch):
+    flags = (*FOREIGN, "--data.cache", str(tmp_path), "--data.flip", "true", "--trainer.max_epochs", "2")
+    mapped = fit(*flags)
+    assert mapped.datamodule.train_dataloader().dataset.cache._kept is None
+    asked = []
+    monkeypatch.setattr(datamodule, "has_room", lambda *of: asked.append(of) or True)
+    kept = fit(*flags)
+    dataset = kept.datamodule.train_dataloader().dataset
+    assert asked == [(torch.device("cpu"), 2 * 22 * 16 * 12 * 2)]
+    assert dataset.cache._kept.dtype == dataset.mirrored_cache._kept.dtype == torch.float16
+    assert kept.datamodule.val_dataloader().dataset.cache._kept is None
+    assert all(torch.equal(value, kept.model.state_dict()[name]) for name, value in mapped.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_two_experiments_started_at_once_share_a_cache_that_is_not_there_yet(recipe, tmp_path):
+    """Each in a process of its own, as from two terminals: one fills, both train."""
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    flags = ["--config", str(recipe), *FOREIGN, "--data.cache", str(tmp_path / "cache")]
+    program = "import sys; from captioner.cli import main; sys.exit(main(sys.argv[1:]))"
+    runs = []
+    for decoder in ("LSTMDecoder", "GRUDecoder"):
+        own = ["--model.decoder", decoder, "--trainer.default_root_dir", str(tmp_path / decoder)]
+        command = [sys.executable, "-c", program, "fit", *flags, *own]
+        runs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    found = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and [stderr for _, stderr in found] == ["", ""], found
+    printed = [line for stdout, _ in found for line in stdout.splitlines()]
+    assert sum(line.startswith("Annotating 22 train images once: ") for line in printed) == 1
+    assert sum(line.startswith("Annotating 9 val images once: ") for line in printed) == 1
+    assert sum(line.startswith("Checkpoint: ") for line in printed) == 2
 
 
 def test_an_encoder_that_learns_cannot_be_cached(fit, tmp_path):
