@@ -77,11 +77,11 @@ def main(args: Sequence[str] | None = None) -> int:
         "fit": _train,
         "validate": _train,
         "test": _train,
-        "cache": _cache,
         "caption": _caption,
         "demo": _demo,
         "faithfulness": _faithfulness,
         "score": _score,
+        "cache": _cache,
     }
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
