@@ -187,7 +187,7 @@ def train(args: Sequence[str]) -> TrainingCLI:
         Where a setting, a file or a checkpoint cannot be used.
     """
     # Beside the checkpoints of a run; a test has no run of its own to keep it in.
-    cli = _run(TrainingCLI, args, SaveConfigCallback if args[:1] == ["fit"] else None)
+    cli = _run(TrainingCLI, args, SaveConfigCallback if list(args[:1]) == ["fit"] else None)
     if cli.trainer.is_global_zero:
         if cli.subcommand == "fit":
             path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]

@@ -222,6 +222,7 @@ def test_what_is_not_recorded_is_computed_again(tmp_path, monkeypatch):
     assert compute.firsts == [0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
 def test_what_is_recorded_is_on_the_disk_before(tmp_path, monkeypatch):
     """The values are synchronised first, then the index that speaks of them, then it takes its name."""
     order = []
