@@ -76,8 +76,11 @@ class Index:
 
     def __post_init__(self) -> None:
         numbers = (self.images, self.done, self.regions, self.size)
+        texts = (self.fingerprint, self.dataset, self.split, self.encoder, self.view, self.made)
         if not all(type(number) is int for number in numbers) or not 0 <= self.done <= self.images:
             raise ValueError("These numbers are no index's.")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("These texts are no index's.")
         if self.grid is not None:
             height, width = self.grid  # JSON hands over a list
             object.__setattr__(self, "grid", (height, width))

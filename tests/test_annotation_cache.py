@@ -127,6 +127,7 @@ DAMAGES = {
     "index cut": "damaged index",
     "index no JSON object": "damaged index",
     "index of other numbers": "damaged index",
+    "index without words": "damaged index",
     "index missing": "values without an index",
     "values missing": "damaged values",
     "values cut": "damaged values",
@@ -153,6 +154,8 @@ def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp
         index.write_text("[1, 2]")
     elif damage == "index of other numbers":
         index.write_text(json.dumps(fields | {"done": "5"}))
+    elif damage == "index without words":
+        index.write_text(json.dumps(fields | {"encoder": 5}))
     elif damage == "index missing":
         index.unlink()
     elif damage == "values missing":
