@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from captioner.attention import Annotations
+from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes, say
 from captioner.errors import InputError
+
+RECORD_SECONDS = 2.0  # what a killed run loses at most, besides a batch; waiting for the disk after each one costs time
 
 
 class AnnotationCache:
@@ -23,14 +33,23 @@ class AnnotationCache:
     ----------
     folder : Path
         Where :meth:`open` put them.
+
+    Raises
+    ------
+    InputError
+        Where the folder holds no complete cache.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / "index.json").read_text())
+        directory = CacheFolder(folder)
+        index = directory.read()
+        if index is None or not index.complete:
+            raise InputError(f"The cache {folder} is not complete: it has to be built first.")
         self.folder = folder
-        self.fingerprint: str = index["fingerprint"]
-        self._grid = None if index["grid"] is None else (index["grid"][0], index["grid"][1])
-        self._values = np.load(folder / "values.npy", mmap_mode="r")
+        self.fingerprint = index.fingerprint
+        self._grid = index.grid
+        self._values = directory.values()
+        self._kept: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -40,88 +59,169 @@ class AnnotationCache:
         """Go to another process as a path, not as a copy of the values."""
         return AnnotationCache, (self.folder,)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the values."""
+        return self._values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where :meth:`rows` gives its tensors."""
+        return torch.device("cpu") if self._kept is None else self._kept.device
+
+    def to(self, device: torch.device) -> AnnotationCache:
+        """Return a cache that keeps the values, float16, in the memory of a device and gives its rows there."""
+        cache = AnnotationCache(self.folder)
+        cache._kept = torch.empty(self._values.shape, dtype=torch.float16, device=device)
+        for first in range(0, len(self), 1024):  # not a second copy of all in the memory of the host
+            part = slice(first, first + 1024)
+            cache._kept[part] = torch.from_numpy(np.array(self._values[part]))
+        return cache
+
     def rows(self, indices: Sequence[int]) -> Annotations:
         """Return the annotations of some of the images, float32."""
+        if self._kept is not None:
+            places = torch.tensor(indices, dtype=torch.long, device=self.device)
+            return Annotations(self._kept[places].float(), grid=self._grid)
         return Annotations(torch.from_numpy(self._values[list(indices)].astype(np.float32)), grid=self._grid)
 
     @classmethod
     def open(
-        cls, directory: Path, fingerprint: str, images: int, compute: Callable[[], Iterable[Annotations]]
+        cls,
+        directory: Path,
+        wanted: Index,
+        compute: Callable[[int], Iterable[Annotations]],
+        *,
+        say_waiting: bool = True,
     ) -> AnnotationCache:
-        """Open the cache of a fingerprint, and fill it first where it is not there yet.
+        """Open a cache, and fill it first where it is not there or not complete.
+
+        One process fills it, and others wait. What a killed process recorded is gone on from.
 
         Parameters
         ----------
         directory : Path
             Each fingerprint has a folder of its own in it.
-        fingerprint : str
-            Of all that decides the annotations: encoder, weights, preprocessing and images.
-        images : int
-            Number of images.
+        wanted : Index
+            What is to be in it; nothing is done yet.
         compute : callable
-            Gives the annotations batch by batch, in the order of the images.
+            Gives the annotations batch by batch, in the order of the images, from the image of the given number on.
+        say_waiting : bool
+            Print a line before waiting for another process.
 
         Raises
         ------
         InputError
-            Where they cannot be kept: regions that differ in number from image to image, values beyond float16.
+            Where they cannot be kept: no room on the disk, regions that differ in number from image to image, values
+            beyond float16.
         """
-        folder = directory / fingerprint[:16]
-        if not _holds(folder, fingerprint, images):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"The cache folder {folder} cannot be made ({error.strerror}): give another data.cache."
-                ) from error
-            # A name of its own for each process: two runs that start at once must not write into one file.
-            unfinished = folder / f"values.{os.getpid()}.tmp"
-            try:
-                grid = _write(unfinished, images, compute())
-                os.replace(unfinished, folder / "values.npy")
-            finally:
-                unfinished.unlink(missing_ok=True)
-            # The index comes last: where it stands, the values are whole.
-            index = folder / f"index.{os.getpid()}.tmp"
-            index.write_text(json.dumps({"fingerprint": fingerprint, "images": images, "grid": grid}))
-            os.replace(index, folder / "index.json")
-        return cls(folder)
+        folder = CacheFolder(directory / wanted.fingerprint[:16])
+        if not _is_complete(folder, wanted):
+            with folder.locked(say_waiting=say_waiting):
+                if not _is_complete(folder, wanted):  # or another process has filled it meanwhile
+                    _fill(folder, wanted, compute)
+        return cls(folder.path)
 
 
-def _holds(folder: Path, fingerprint: str, images: int) -> bool:
+def _is_complete(folder: CacheFolder, wanted: Index) -> bool:
     try:
-        index = json.loads((folder / "index.json").read_text())
-        return index["fingerprint"] == fingerprint and index["images"] == images and (folder / "values.npy").is_file()
-    except (OSError, ValueError, KeyError):
+        index = folder.read_for(wanted)
+    except CacheFault:
         return False
+    return index is not None and index.complete
 
 
-def _write(path: Path, images: int, batches: Iterable[Annotations]) -> tuple[int, int] | None:
-    values, grid, first = None, None, 0
-    for batch in batches:
-        with np.errstate(over="ignore"):  # said below, and in words
-            half = batch.values.detach().float().cpu().numpy().astype(np.float16)
-        if values is None:
-            grid = batch.grid
-            values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(images, *half.shape[1:]))
-        if batch.mask is not None or half.shape[1:] != values.shape[1:]:
-            raise InputError(
-                "These annotations differ in the number of regions from image to image, which a cache cannot hold: "
-                "set data.cache to null."
-            )
-        if not np.isfinite(half).all():
-            raise InputError(
-                "The encoder gives values that are not finite, or too large for the 16 bits of a cache: check its "
-                "weights and preprocessing, or set data.cache to null."
-            )
-        values[first : first + len(half)] = half
-        first += len(half)
-    if values is None or first != images:
-        raise RuntimeError(f"The encoder gave the annotations of {first} images, not of {images}.")
-    values.flush()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return grid
+def _fill(folder: CacheFolder, wanted: Index, compute: Callable[[int], Iterable[Annotations]]) -> None:
+    try:
+        begun = folder.read_for(wanted)
+    except CacheFault as fault:
+        say(str(fault))
+        begun = None
+    if begun is None:
+        with _writing(folder, wanted):
+            folder.empty()
+    index, announced, recorded = begun or wanted, False, time.monotonic()
+    with _progress() as progress:
+        bar = progress.add_task("Annotating", total=wanted.images, completed=index.done)
+        for batch in compute(index.done):
+            try:
+                values = _half(batch, index)
+            except InputError:  # the next run would come to the same end
+                folder.empty()
+                raise
+            if not announced:
+                if begun is None:
+                    index = replace(wanted, regions=values.shape[1], size=values.shape[2], grid=batch.grid)
+                _announce(folder, index)
+                announced = True
+                if begun is None:
+                    with _writing(folder, index):
+                        folder.allocate(index)
+            with _writing(folder, index):
+                index = folder.write(index, values)
+                if index.complete or time.monotonic() - recorded >= RECORD_SECONDS:
+                    folder.record(index)
+                    recorded = time.monotonic()
+            progress.update(bar, completed=index.done)
+    if not index.complete:
+        raise RuntimeError(f"The encoder gave the annotations of {index.done} images, not of {index.images}.")
+
+
+def _half(batch: Annotations, index: Index) -> NDArray[np.float16]:
+    """Return the values of a batch, (B, N, D) float16, if a cache can hold them."""
+    with np.errstate(over="ignore"):  # said below, and in words
+        half = batch.values.detach().float().cpu().numpy().astype(np.float16)
+    if batch.mask is not None or (index.regions and half.shape[1:] != (index.regions, index.size)):
+        raise InputError(
+            "These annotations differ in the number of regions from image to image, which a cache cannot hold: "
+            "set data.cache to null."
+        )
+    if not np.isfinite(half).all():
+        raise InputError(
+            "The encoder gives values that are not finite, or too large for the 16 bits of a cache: check its "
+            "weights and preprocessing, or set data.cache to null."
+        )
+    return half
+
+
+def _announce(folder: CacheFolder, index: Index) -> None:
+    """Say what is about to be written, and see that the disk has room for it."""
+    size = index.images * index.row_bytes
+    begun = f", from image {index.done + 1:,} on" if index.done else ""
+    say(
+        f"Annotating {index.subject} once{begun}: {index.regions:,} regions x {index.size:,} values, "
+        f"{in_gigabytes(size)} in {folder.path}"
+    )
+    free = shutil.disk_usage(folder.path).free
+    if size - index.done * index.row_bytes > free:
+        raise InputError(
+            f"The disk of {folder.path} has {in_gigabytes(free)} free, which is not enough for these annotations: make "
+            "room, give another data.cache, or set it to null."
+        )
+
+
+@contextmanager
+def _writing(folder: CacheFolder, index: Index) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"The cache {folder.path} cannot be written ({error.strerror}) after {index.done:,} of {index.images:,} "
+            "images: make room or mend the disk, and the same command goes on from there."
+        ) from error
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} images/s", style="progress.data.speed")
+
+
+def _progress() -> Progress:
+    """Return a bar that is shown on a terminal, and not in a pipe or a log file."""
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def fingerprint(settings: object, tensors: Iterable[tuple[str, Tensor]], files: Iterable[Path]) -> str:

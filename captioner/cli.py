@@ -29,10 +29,38 @@ Captions images, and shows where each word came from.
   captioner caption PATH...       caption images with a trained checkpoint
   captioner fit                   train
   captioner validate, test        score a checkpoint on a split
+  captioner cache                 build, list and clear the cached annotations of frozen encoders
   captioner score                 score any system's captions, and compare two systems
   captioner faithfulness          measure whether a checkpoint uses its attention
 
   captioner COMMAND --help        the options of a command
+"""
+
+CACHES = Path("data/cache")  # as in the recipes
+CACHE_HELP = """\
+usage: captioner cache build [the flags of captioner fit]
+       captioner cache list [DIRECTORY]
+       captioner cache clear [DIRECTORY] [FINGERPRINT ...] [--all]
+
+Caches hold what a frozen encoder gives for the images of a split, so that it sees each image once. They lie in the
+folder that data.cache names; DIRECTORY is data/cache where none is given.
+
+Four examples:
+
+  captioner cache build --config configs/flickr8k.yaml --data.files.root data/flickr8k
+      fills the caches that `captioner fit` with the same flags will find, and trains nothing; where it was stopped, the
+      same command goes on
+
+  captioner cache list
+      prints what there is, complete or interrupted
+
+  captioner cache clear 0123456789abcdef
+      deletes the cache that the list calls so; one that a running process is filling stays
+
+  captioner cache clear other/folder --all
+      deletes all caches in that folder, and nothing else in it
+
+  captioner fit --help            the settings of captioner cache build
 """
 
 
@@ -53,6 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "demo": _demo,
         "faithfulness": _faithfulness,
         "score": _score,
+        "cache": _cache,
     }
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -90,6 +119,61 @@ def _train(args: Sequence[str]) -> int:
     if "--help" in args or "-h" in args:
         print(EXAMPLES)
     train(args)
+    return 0
+
+
+def _cache(args: Sequence[str]) -> int:
+    commands = {"build": _cache_build, "list": _cache_list, "clear": _cache_clear}
+    if not args[1:] or {"-h", "--help"} & set(args):
+        print(CACHE_HELP, end="")
+        return 0
+    if args[1] not in commands:
+        raise InputError(f"There is no command 'cache {args[1]}': choose from {', '.join(commands)}.")
+    return commands[args[1]](args[1:])
+
+
+def _cache_build(args: Sequence[str]) -> int:
+    from captioner.training import build_caches
+
+    build_caches(args[1:])
+    return 0
+
+
+def _cache_list(args: Sequence[str]) -> int:
+    parser = _parser("cache list", "List the cached annotations in a folder.")
+    parser.add_argument("directory", type=Path, nargs="?", default=CACHES)
+    options = parser.parse_args(args[1:])
+
+    from rich.console import Console
+
+    from captioner.cache_listing import find_caches, show
+
+    caches = find_caches(options.directory)
+    if caches:
+        # A file or a pipe has no width: lines are not broken for it.
+        show(caches, Console(width=None if sys.stdout.isatty() else 240))
+    else:
+        print(f"There are no caches in {options.directory}.")
+    return 0
+
+
+def _cache_clear(args: Sequence[str]) -> int:
+    parser = _parser("cache clear", "Delete cached annotations.")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args(args[1:])
+
+    from captioner.cache_folder import NAME
+    from captioner.cache_listing import clear
+
+    directory, names = CACHES, options.names
+    if names and not NAME.fullmatch(names[0]):
+        directory, names = Path(names[0]), names[1:]
+    if options.all == bool(names):
+        raise InputError(
+            "Say which caches to delete: give either fingerprints, as `captioner cache list` prints them, or --all."
+        )
+    clear(directory, None if options.all else names)
     return 0
 
 

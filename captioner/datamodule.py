@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ from captioner.annotation_files import CaptionedImage, CaptionFiles
 from captioner.attention import Annotations
 from captioner.errors import InputError
 from captioner.images import Preprocessing, read_image
-from captioner.tokens import tokenize
+from captioner.tokens import mirror, tokenize
 from captioner.vocabulary import Vocabulary, pad
+
+UNTOLD = "the task tells the preprocessing before it asks for images"
 
 
 class Batch(NamedTuple):
@@ -59,6 +62,11 @@ class CaptionedImages(Dataset[Batch]):
         Where the annotations are, in the order of the records.
     keep_in_memory : bool
         Read all images now and keep them, 3 * S * S bytes each.
+    mirrored_captions : list of list of list of int, optional
+        The ids of the captions of each image's mirrored view. Where they are given, an image is mirrored with
+        probability one half each time.
+    mirrored_cache : AnnotationCache, optional
+        Where the annotations of the mirrored images are, beside `cache`.
     """
 
     def __init__(
@@ -70,9 +78,12 @@ class CaptionedImages(Dataset[Batch]):
         captions_per_image: int = 5,
         cache: AnnotationCache | None = None,
         keep_in_memory: bool = False,
+        mirrored_captions: list[list[list[int]]] | None = None,
+        mirrored_cache: AnnotationCache | None = None,
     ) -> None:
         self.records, self.preprocessing, self.captions = records, preprocessing, captions
         self.captions_per_image, self.cache = captions_per_image, cache
+        self.mirrored_captions, self.mirrored_cache = mirrored_captions, mirrored_cache
         self.kept = self._read_all() if keep_in_memory and cache is None else None
 
     def __len__(self) -> int:
@@ -85,31 +96,71 @@ class CaptionedImages(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """Return a batch, which torch's loader asks for as a whole."""
+        mirrored = None if self.mirrored_captions is None else torch.rand(len(indices)) < 0.5
         images = annotations = None
         if self.cache is not None:
-            annotations = self.cache.rows(indices)
+            annotations = self._rows(self.cache, indices, mirrored)
         elif self.kept is not None:
             images = self.kept[indices]
         else:
-            images = torch.stack([self._pixels(index) for index in indices])
-        tokens = None if self.captions is None else pad([self._draw(self.captions[index]) for index in indices])
+            images = torch.stack([self.pixels(index) for index in indices])
+        if images is not None and mirrored is not None:
+            images[mirrored] = images[mirrored].flip(-1)
+        tokens = self._tokens(indices, mirrored)
         return Batch([self.records[index].image_id for index in indices], images, annotations, tokens)
+
+    def _rows(self, cache: AnnotationCache, indices: list[int], mirrored: Tensor | None) -> Annotations:
+        if mirrored is None:
+            return cache.rows(indices)
+        assert self.mirrored_cache is not None
+        rows = torch.tensor(indices)
+        upright, other = cache.rows(rows[~mirrored].tolist()), self.mirrored_cache.rows(rows[mirrored].tolist())
+        # Each view is read for its own images only, one view after the other: back to the order of the batch.
+        places = mirrored.int().argsort(stable=True).argsort()
+        values = torch.cat([upright.values, other.values])
+        return upright._replace(values=values[places.to(values.device)])
+
+    def _tokens(self, indices: list[int], mirrored: Tensor | None) -> Tensor | None:
+        if self.captions is None:
+            return None
+        captions = [self.captions[index] for index in indices]
+        if self.mirrored_captions is not None and mirrored is not None:
+            for place in mirrored.nonzero().flatten().tolist():
+                captions[place] = self.mirrored_captions[indices[place]]
+        return pad([self._draw(each) for each in captions])
 
     def _draw(self, captions: list[list[int]]) -> list[list[int]]:
         if len(captions) <= self.captions_per_image:
             return captions
         return [captions[place] for place in torch.randperm(len(captions))[: self.captions_per_image].tolist()]
 
-    def _pixels(self, index: int) -> Tensor:
+    def pixels(self, index: int) -> Tensor:
+        """Return an image, (3, S, S) uint8."""
         return self.preprocessing.pixels(read_image(self.records[index].path))
 
     def _read_all(self) -> Tensor:
         size = self.preprocessing.size
         kept = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
-            for index, pixels in enumerate(pool.map(self._pixels, range(len(self)))):
+            for index, pixels in enumerate(pool.map(self.pixels, range(len(self)))):
                 kept[index] = pixels
         return kept
+
+
+def read_ahead(dataset: CaptionedImages, batch_size: int) -> Iterator[Tensor]:
+    """Give the pixels of all images in batches (B, 3, S, S) uint8, of which threads read two in advance."""
+    pool = ThreadPoolExecutor()  # pillow decodes outside the interpreter's lock
+    ahead: deque[list[Future[Tensor]]] = deque()
+    try:
+        for first in range(0, len(dataset), batch_size):
+            last = min(first + batch_size, len(dataset))
+            ahead.append([pool.submit(dataset.pixels, index) for index in range(first, last)])
+            if len(ahead) > 2:
+                yield torch.stack([pixels.result() for pixels in ahead.popleft()])
+        while ahead:
+            yield torch.stack([pixels.result() for pixels in ahead.popleft()])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def batches(dataset: CaptionedImages, batch_size: int, workers: int = 0, *, shuffle: bool = False) -> DataLoader[Batch]:
@@ -120,7 +171,8 @@ def batches(dataset: CaptionedImages, batch_size: int, workers: int = 0, *, shuf
         shuffle=shuffle,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        # What is on the device already cannot be pinned, and need not be.
+        pin_memory=torch.cuda.is_available() and (dataset.cache is None or dataset.cache.device.type == "cpu"),
         collate_fn=_as_is,  # type: ignore[arg-type]  # not a list of items: the images give whole batches
     )
 
@@ -154,6 +206,9 @@ class CaptionData(LightningDataModule):
         Directory for the annotations of a frozen encoder, so that the CNN sees each image once and not once an epoch.
     keep_in_memory : bool
         Keep the images in memory after the first reading, for small ones.
+    flip : bool
+        Show each training image mirrored with probability one half, with "left" and "right" exchanged in its captions,
+        which is for English ones; writing in an image is mirrored, too. The two words are then counted equally.
     """
 
     def __init__(
@@ -169,6 +224,7 @@ class CaptionData(LightningDataModule):
         num_workers: int = 0,
         cache: Path | None = None,
         keep_in_memory: bool = False,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
@@ -179,11 +235,12 @@ class CaptionData(LightningDataModule):
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
         self.max_words, self.num_workers, self.cache = max_words, num_workers, cache
-        self.keep_in_memory = keep_in_memory
+        self.keep_in_memory, self.flip = keep_in_memory, flip
         self.preprocessing: Preprocessing | None = None
         self.vocabulary: Vocabulary | None = None
         self.records: dict[str, list[CaptionedImage]] = {}
         self.caches: dict[str, AnnotationCache] = {}
+        self.mirrored_cache: AnnotationCache | None = None  # of the training images
         self._datasets: dict[str, CaptionedImages] = {}
 
     def setup(self, stage: str) -> None:
@@ -193,9 +250,10 @@ class CaptionData(LightningDataModule):
                 self.records[name] = self.files.read(self.splits[name])
         if stage == "fit" and self.vocabulary is None:
             self._tokens = [[tokenize(caption) for caption in record.captions] for record in self.records["train"]]
-            self.vocabulary = Vocabulary.from_captions(
-                (tokens for image in self._tokens for tokens in image), self.minimum_count
-            )
+            captions = [tokens for image in self._tokens for tokens in image]
+            if self.flip:  # both views of a caption count, so that a word of both counts twice
+                captions += [mirror(tokens) for tokens in captions]
+            self.vocabulary = Vocabulary.from_captions(captions, self.minimum_count * (2 if self.flip else 1))
             if not self.vocabulary.words:
                 raise InputError(
                     f"No word occurs {self.minimum_count} times in the captions of the split "
@@ -206,11 +264,28 @@ class CaptionData(LightningDataModule):
         """Return the raw captions of "train", "val" or "test" by image."""
         return {record.image_id: record.captions for record in self.records[name]}
 
-    def images(self, name: str) -> Iterator[Tensor]:
-        """Give all images of "train", "val" or "test" in order, as batches (B, 3, S, S) uint8."""
-        for batch in batches(self._dataset(name, cached=False), self.batch_size, self.num_workers):
-            assert batch.images is not None
-            yield batch.images
+    def images(self, name: str, first: int = 0, *, mirrored: bool = False) -> Iterator[Tensor]:
+        """Give the images of "train", "val" or "test" in order, as batches (B, 3, S, S) uint8.
+
+        Those of the next batches are read while the caller works, by `num_workers` processes, or by threads where there
+        are none.
+
+        Parameters
+        ----------
+        name : str
+            "train", "val" or "test".
+        first : int
+            Number of images left out at the beginning.
+        mirrored : bool
+            Give each image mirrored.
+        """
+        assert self.preprocessing is not None, UNTOLD
+        dataset = CaptionedImages(self.records[name][first:], self.preprocessing)
+        read: Iterator[Tensor] = read_ahead(dataset, self.batch_size)
+        if self.num_workers:
+            read = (batch.images for batch in batches(dataset, self.batch_size, self.num_workers))
+        for images in read:
+            yield images.flip(-1) if mirrored else images
 
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         return batches(self._dataset("train"), self.batch_size, self._workers("train"), shuffle=True)
@@ -224,22 +299,42 @@ class CaptionData(LightningDataModule):
     def _workers(self, name: str) -> int:
         return 0 if name in self.caches or self.keep_in_memory else self.num_workers  # slicing needs no help
 
-    def _dataset(self, name: str, *, cached: bool = True) -> CaptionedImages:
-        assert self.preprocessing is not None, "the task tells the preprocessing before it asks for images"
-        if cached and name in self._datasets:
+    def _dataset(self, name: str) -> CaptionedImages:
+        assert self.preprocessing is not None, UNTOLD
+        if name in self._datasets:
             return self._datasets[name]
-        captions = None
-        if cached and name == "train":
-            assert self.vocabulary is not None
-            captions = [[self.vocabulary.encode(tokens, self.max_words) for tokens in image] for image in self._tokens]
-        dataset = CaptionedImages(
+        captions = mirrored_captions = None
+        cache, mirrored_cache = self.caches.get(name), None
+        if name == "train":
+            captions = self._encode(self._tokens)
+            if self.flip:
+                mirrored_captions = self._encode([[mirror(tokens) for tokens in image] for image in self._tokens])
+                mirrored_cache = self.mirrored_cache
+            cache, mirrored_cache = self._near(cache, mirrored_cache)
+        self._datasets[name] = CaptionedImages(
             self.records[name],
             self.preprocessing,
             captions=captions,
             captions_per_image=self.captions_per_image,
-            cache=self.caches.get(name) if cached else None,
-            keep_in_memory=self.keep_in_memory and cached,
+            cache=cache,
+            keep_in_memory=self.keep_in_memory,
+            mirrored_captions=mirrored_captions,
+            mirrored_cache=mirrored_cache,
         )
-        if cached:
-            self._datasets[name] = dataset
-        return dataset
+        return self._datasets[name]
+
+    def _encode(self, captions: list[list[list[str]]]) -> list[list[list[int]]]:
+        assert self.vocabulary is not None
+        return [[self.vocabulary.encode(tokens, self.max_words) for tokens in image] for image in captions]
+
+    def _near(self, *caches: AnnotationCache | None) -> list[AnnotationCache | None]:
+        """Return the caches, in the memory of the trainer's device if it has room for them."""
+        size = sum(cache.nbytes for cache in caches if cache is not None)
+        if self.trainer is None or not size or not has_room(device := self.trainer.strategy.root_device, size):
+            return list(caches)
+        return [None if cache is None else cache.to(device) for cache in caches]
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Tell whether a device is a GPU whose free memory is at least twice as large as the caches; the rest trains."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 2 * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm"),
 }
 FORMATS = ", ".join(SUFFIXES)
+_OPENING = threading.Lock()
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -49,8 +51,10 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that far.
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), open(path, "rb") as file:
-            image = Image.open(file, formats=list(SUFFIXES))
+        with open(path, "rb") as file:
+            # What is done with warnings is done in all threads: one after the other they open, and together decode.
+            with _OPENING, warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+                image = Image.open(file, formats=list(SUFFIXES))
             image.load()
             return to_rgb(_upright(image))
     except UnidentifiedImageError:

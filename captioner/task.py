@@ -15,12 +15,12 @@ import torch.distributed
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from rich.progress import track
 from torch import Tensor, nn
 
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
 from captioner.bridges import Bridge, LinearBridge
+from captioner.cache_folder import Index
 from captioner.checkpoint import KEY, pack, unpack
 from captioner.datamodule import Batch, CaptionData
 from captioner.decoders import Decoder, LSTMDecoder
@@ -156,29 +156,36 @@ class CaptioningTask(LightningModule):
                 "to null, or the encoder's learns to false."
             )
         with torch.random.fork_rng(devices=()):  # the run that fills the caches is the same as those that find them
-            for first in (True, False):  # one process fills the caches; the others wait, and find them filled
-                if self.trainer.is_global_zero is first:
-                    self._open_caches(self.data.cache)
-                self.trainer.strategy.barrier()
+            self._open_caches(self.data.cache)
 
     def _open_caches(self, directory: Path) -> None:
-        encoder = self.captioner.encoder
+        data, encoder = self.data, self.captioner.encoder
         settings = {**describe(encoder), "precision": str(self.trainer.precision)}
         if isinstance(encoder, ForeignEncoder):
             settings["module"] = [encoder.module_name, repr(encoder.module), _source(encoder.module)]
-        for name in ("train", "val"):
-            files = [record.path for record in self.data.records[name]]
-            self.data.caches[name] = AnnotationCache.open(
-                directory,
-                fingerprint(settings, sorted(encoder.state_dict().items()), files),
-                len(files),
-                partial(self._annotate_all, name),
-            )
 
-    def _annotate_all(self, name: str) -> Iterator[Annotations]:
-        total = math.ceil(len(self.data.records[name]) / self.data.batch_size)
+        def opened(name: str, *, mirrored: bool) -> AnnotationCache:
+            files = [record.path for record in data.records[name]]
+            of_view = {**settings, "view": "mirrored"} if mirrored else settings
+            wanted = Index(
+                fingerprint(of_view, sorted(encoder.state_dict().items()), files),
+                len(files),
+                dataset=f"{type(data.files).__name__} in {files[0].parent}",
+                split=data.splits[name],
+                encoder=_in_words(encoder, settings["precision"]),
+                view="mirrored" if mirrored else "upright",
+            )
+            compute = partial(self._annotate_all, name, mirrored)
+            # Of the processes of a run any one fills it; that another one waits need be said once.
+            return AnnotationCache.open(directory, wanted, compute, say_waiting=self.trainer.is_global_zero)
+
+        data.caches = {name: opened(name, mirrored=False) for name in ("train", "val")}
+        if data.flip:
+            data.mirrored_cache = opened("train", mirrored=True)
+
+    def _annotate_all(self, name: str, mirrored: bool, first: int) -> Iterator[Annotations]:
         with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
-            for images in track(self.data.images(name), f"Annotating the {name} images", total=total):
+            for images in self.data.images(name, first, mirrored=mirrored):
                 yield self.captioner.annotate(images.to(self.device))
 
     def _annotations(self, batch: Batch) -> Annotations:
@@ -319,6 +326,14 @@ class CaptioningTask(LightningModule):
         # A head that serves training only may be in the file and not here, or the other way round.
         own, stored = self.state_dict(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: stored.get(name, tensor) for name, tensor in own.items()}
+
+
+def _in_words(encoder: Encoder, precision: str) -> str:
+    """Return an encoder's settings for people, such as "ResNet, depth 50, stage 4, crop 224, 32-true"."""
+    name = encoder.module_name if isinstance(encoder, ForeignEncoder) else type(encoder).__name__
+    unsaid = ("class", "preprocessing", "learns")
+    words = [f"{key} {value}" for key, value in describe(encoder).items() if key not in unsaid and value is not None]
+    return ", ".join([name, *words, f"{encoder.preprocessing.fit} {encoder.preprocessing.size}", precision])
 
 
 def _source(module: nn.Module) -> str:

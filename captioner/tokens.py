@@ -11,6 +11,7 @@ from captioner.penn_treebank import ptb_tokenize
 # Between a word and the second half that Treebank cuts off it: "do n't", "dog 's".
 CONTRACTION = re.compile(r" (?=(?:n't|'(?:s|m|d|ll|re|ve))(?: |$))")
 BRACKETS = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
+MIRRORED = {"left": "right", "right": "left"}
 BRACKETED = re.compile(r"(?<=[(\[{]) | (?=[)\]}])")
 
 
@@ -36,6 +37,20 @@ def tokenize(caption: str) -> list[str]:
     ['a', 'dog', "'s", 'ball', 'it', 'is', "n't", '-lrb-', 'very', '-rrb-', 'red']
     """
     return ptb_tokenize(unicodedata.normalize("NFC", caption))
+
+
+def mirror(words: Sequence[str]) -> list[str]:
+    """Return the words of a caption for the mirrored image: "left" and "right" change places.
+
+    This is English, and takes the two words as places: "turning left" is mended, "has left" and "right now" are spoilt.
+    Of writing in an image the captions say what it says, though the mirrored image shows it in mirror writing.
+
+    Examples
+    --------
+    >>> mirror(["a", "dog", "to", "the", "left"])
+    ['a', 'dog', 'to', 'the', 'right']
+    """
+    return [MIRRORED.get(word, word) for word in words]
 
 
 def detokenize(words: Sequence[str]) -> str:

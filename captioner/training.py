@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from captioner import checkpoint
+from captioner.cache_folder import in_gigabytes, say
 from captioner.datamodule import CaptionData
 from captioner.errors import InputError
 from captioner.task import CaptioningTask
@@ -185,20 +186,66 @@ def train(args: Sequence[str]) -> TrainingCLI:
     InputError
         Where a setting, a file or a checkpoint cannot be used.
     """
+    # Beside the checkpoints of a run; a test has no run of its own to keep it in.
+    cli = _run(TrainingCLI, args, SaveConfigCallback if list(args[:1]) == ["fit"] else None)
+    if cli.trainer.is_global_zero:
+        if cli.subcommand == "fit":
+            path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+            if path:  # none after a run without validation
+                print_scores(checkpoint.read(path).scores, f"Best of {cli.datamodule.splits['val']}, greedy")
+                Console().print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
+        else:
+            beam = cli.model.beam_size if cli.subcommand == "test" else 1
+            split = cli.datamodule.splits["test" if cli.subcommand == "test" else "val"]
+            print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam {beam}")
+    return cli
+
+
+def build_caches(args: Sequence[str]) -> None:
+    """Fill the caches of annotations that `fit` with these flags will find, and train nothing.
+
+    Parameters
+    ----------
+    args : sequence of str
+        The flags of `fit`.
+
+    Raises
+    ------
+    InputError
+        Where a setting or a file cannot be used, or no cache is asked for.
+    """
+    # The caches are filled before the first step, of which there is none.
+    nothing = {"logger": "false", "fast_dev_run": "false", "overfit_batches": "0.0", "limit_train_batches": "0"}
+    cli = _run(_CacheCLI, ["fit", *args, *(f"--trainer.{name}={value}" for name, value in nothing.items())], None)
+    if cli.trainer.is_global_zero:
+        caches = [*cli.datamodule.caches.values(), cli.datamodule.mirrored_cache]
+        for cache in (cache for cache in caches if cache is not None):
+            say(f"Complete: {cache.folder}, {len(cache):,} images, {in_gigabytes(cache.nbytes)}")
+
+
+class _CacheCLI(TrainingCLI):
+    def before_fit(self) -> None:
+        """See that there is something to build."""
+        if self.datamodule.cache is None:
+            raise InputError("No cache is asked for: give its folder, such as --data.cache data/cache.")
+
+
+def _run(
+    kind: type[TrainingCLI], args: Sequence[str], save_config_callback: type[SaveConfigCallback] | None
+) -> TrainingCLI:
     args = list(args)
     torch.set_float32_matmul_precision("high")
     _quiet()
     if args[1:] and not {"-h", "--help", "--print_config"} & set(args):
         check_files(args)
     try:
-        cli = TrainingCLI(
+        return kind(
             CaptioningTask,
             CaptionData,
             args=args,
             parser_class=Parser,
             trainer_defaults={"callbacks": [_QuietBar(), ScoreLines(), LearningRateMonitor()]},
-            # Beside the checkpoints of a run; a test has no run of its own to keep it in.
-            save_config_callback=SaveConfigCallback if args[:1] == ["fit"] else None,
+            save_config_callback=save_config_callback,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -215,17 +262,6 @@ def train(args: Sequence[str]) -> TrainingCLI:
             f"The decoder could not be compiled ({' '.join(str(error).split())[:200]}): install a C++ compiler, or set "
             "model.compile to false."
         ) from error
-    if cli.trainer.is_global_zero:
-        if cli.subcommand == "fit":
-            path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-            if path:  # none after a run without validation
-                print_scores(checkpoint.read(path).scores, f"Best of {cli.datamodule.splits['val']}, greedy")
-                Console().print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
-        else:
-            beam = cli.model.beam_size if cli.subcommand == "test" else 1
-            split = cli.datamodule.splits["test" if cli.subcommand == "test" else "val"]
-            print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam {beam}")
-    return cli
 
 
 def _quiet() -> None:

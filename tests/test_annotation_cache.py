@@ -1,31 +1,58 @@
 """The cache: the CNN sees each image once, and a cache that does not fit is never used."""
 
+import errno
+import io
 import json
+import multiprocessing
 import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from rich.text import Text
 from torch import nn
 
+from captioner import annotation_cache, datamodule
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
+from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 
 VALUES = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1))
 
 
+WANTED = Index("a" * 64, 5, dataset="Flickr8k in photos", split="train", encoder="VGG16")
+
+
 class Compute:
-    """Gives the annotations in two batches and counts how often it is asked."""
+    """Gives the annotations in batches of two and keeps the image it is asked to begin with."""
 
-    def __init__(self, values=VALUES, grid=(2, 2), mask=None):
-        self.values, self.grid, self.mask, self.calls = values, grid, mask, 0
+    def __init__(self, values=VALUES, grid=(2, 2), mask=None, until=5):
+        self.values, self.grid, self.mask, self.until, self.firsts = values, grid, mask, until, []
 
-    def __call__(self):
-        self.calls += 1
-        for part in self.values.split(3):
-            yield Annotations(part, self.mask, self.grid)
+    def __call__(self, first):
+        self.firsts.append(first)
+        for start in range(first, 5, 2):
+            if start >= self.until:
+                raise KeyboardInterrupt
+            yield Annotations(self.values[start : start + 2], self.mask, self.grid)
+
+
+@pytest.fixture(autouse=True)
+def record_each_batch(monkeypatch):
+    monkeypatch.setattr(annotation_cache, "RECORD_SECONDS", 0.0)
 
 
 def one_sentence(error):
@@ -33,56 +60,238 @@ def one_sentence(error):
     assert "\n" not in message and message.endswith("."), message
 
 
+def files_in(tmp_path):
+    return {file.name for file in (tmp_path / ("a" * 16)).iterdir()} - {"lock"}
+
+
+def holds_the_values(cache, values=VALUES):
+    torch.testing.assert_close(cache.rows(range(5)).values, values, atol=1e-3, rtol=1e-3)
+
+
 def test_rows_are_what_was_computed_and_computed_once(tmp_path):
     compute = Compute()
-    first = AnnotationCache.open(tmp_path, "a" * 64, 5, compute)
-    again = AnnotationCache.open(tmp_path, "a" * 64, 5, compute)
-    assert compute.calls == 1 and len(first) == len(again) == 5
+    first = AnnotationCache.open(tmp_path, WANTED, compute)
+    again = AnnotationCache.open(tmp_path, WANTED, compute)
+    assert compute.firsts == [0] and len(first) == len(again) == 5 and again.nbytes == 5 * 4 * 3 * 2
     rows = again.rows([4, 0, 4])
     assert rows.values.dtype == torch.float32 and rows.grid == (2, 2) and rows.mask is None
     torch.testing.assert_close(rows.values, VALUES[[4, 0, 4]], atol=1e-3, rtol=1e-3)
     rows.values.zero_()  # the caller's own copy
-    assert again.rows([4]).values.any()
+    assert again.rows([4]).values.any() and files_in(tmp_path) == {"values.npy", "index.json"}
 
 
 def test_regions_without_a_grid(tmp_path):
-    assert AnnotationCache.open(tmp_path, "a" * 64, 5, Compute(grid=None)).rows([0]).grid is None
+    assert AnnotationCache.open(tmp_path, WANTED, Compute(grid=None)).rows([0]).grid is None
 
 
-DAMAGES = ["index missing", "index cut", "values missing", "another fingerprint", "fewer images"]
+def test_a_cache_goes_to_another_process_as_a_path(tmp_path):
+    cache = AnnotationCache.open(tmp_path, WANTED, Compute()).to(torch.device("cpu"))
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < 300
+    holds_the_values(pickle.loads(pickled))
+
+
+def test_in_a_devices_memory_it_gives_the_same_rows_there(tmp_path):
+    cache = AnnotationCache.open(tmp_path, WANTED, Compute())
+    kept = cache.to(torch.device("cpu"))
+    assert kept._kept.dtype == torch.float16 and kept._kept.shape == (5, 4, 3)
+    for indices in ([4, 0, 4], []):
+        assert torch.equal(kept.rows(indices).values, cache.rows(indices).values)
+    assert kept.rows([1]).grid == (2, 2) and kept.rows([1]).values.dtype == torch.float32
+    (tmp_path / ("a" * 16) / "values.npy").write_bytes(b"")
+    holds_the_values(kept)  # it needs the file no more
+
+
+def test_it_says_what_it_is_about_to_write(tmp_path, capsys):
+    AnnotationCache.open(tmp_path, replace(WANTED, view="mirrored"), Compute())
+    (line,) = capsys.readouterr().out.splitlines()  # and draws no bar where there is no terminal
+    assert line == (
+        f"Annotating 5 mirrored train images once: 4 regions x 3 values, less than 0.01 GB in {tmp_path / ('a' * 16)}"
+    )
+    AnnotationCache.open(tmp_path, WANTED, Compute())
+    assert capsys.readouterr().out == ""
+    assert in_gigabytes(587_000_000) == "0.59 GB" and in_gigabytes(0) == "0.00 GB"
+
+
+def test_a_terminal_sees_images_rate_and_time_left(tmp_path, monkeypatch):
+    terminal = Console(force_terminal=True, file=io.StringIO(), width=120)
+    monkeypatch.setattr(annotation_cache, "Console", lambda: terminal)
+    AnnotationCache.open(tmp_path, WANTED, Compute())
+    shown = Text.from_ansi(terminal.file.getvalue()).plain
+    assert re.search(r"Annotating .* 5/5 .*[\d,]+ images/s \d:\d\d:\d\d", shown), shown
+
+
+# What is damaged, and what is broken off
+
+DAMAGES = {
+    "index cut": "damaged index",
+    "index no JSON object": "damaged index",
+    "index of other numbers": "damaged index",
+    "index without words": "damaged index",
+    "index missing": "values without an index",
+    "values missing": "damaged values",
+    "values cut": "damaged values",
+    "values too long": "damaged values",
+    "values empty": "damaged values",
+    "values of another type": "other values than its index",
+    "values of another shape": "other values than its index",
+    "another fingerprint": "another encoder",
+    "fewer images": "another encoder",
+    "first release": "format 1, not 2",
+    "later release": "format 3, not 2",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_was_left_half_written_is_computed_again(damage, tmp_path):
-    AnnotationCache.open(tmp_path, "a" * 64, 5, Compute(VALUES + 1))
+def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp_path, capsys):
+    AnnotationCache.open(tmp_path, WANTED, Compute(VALUES + 1))
     folder = tmp_path / ("a" * 16)
-    index = folder / "index.json"
-    (folder / "values.4242.tmp").write_bytes(b"half")
-    if damage == "index missing":
-        index.unlink()
-    elif damage == "index cut":
+    index, values = folder / "index.json", folder / "values.npy"
+    fields = json.loads(index.read_text())
+    if damage == "index cut":
         index.write_text(index.read_text()[:9])
+    elif damage == "index no JSON object":
+        index.write_text("[1, 2]")
+    elif damage == "index of other numbers":
+        index.write_text(json.dumps(fields | {"done": "5"}))
+    elif damage == "index without words":
+        index.write_text(json.dumps(fields | {"encoder": 5}))
+    elif damage == "index missing":
+        index.unlink()
     elif damage == "values missing":
-        (folder / "values.npy").unlink()
+        values.unlink()
+    elif damage == "values cut":
+        values.write_bytes(values.read_bytes()[:-1])
+    elif damage == "values too long":
+        values.write_bytes(values.read_bytes() + b"0")
+    elif damage == "values empty":
+        values.write_bytes(b"")
+    elif damage == "values of another type":
+        np.save(values, np.load(values).astype(np.float32))
+    elif damage == "values of another shape":
+        np.save(values, np.load(values)[:, :3])
     elif damage == "another fingerprint":  # of which the folder's name shows a part only
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"fingerprint": "a" * 63 + "b"}))
+        index.write_text(json.dumps(fields | {"fingerprint": "a" * 63 + "b"}))
+    elif damage == "fewer images":
+        index.write_text(json.dumps(fields | {"images": 4, "done": 4}))
+        np.save(values, np.load(values)[:4])
+    elif damage == "first release":
+        index.write_text(json.dumps({"fingerprint": "a" * 64, "images": 5, "grid": [2, 2]}))
     else:
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"images": 4}))
+        index.write_text(json.dumps(fields | {"format": 3}))
+    for name in ("values.4242.tmp", "index.4242.tmp"):  # as killed runs of the first release left them
+        (folder / name).write_bytes(b"half")
+    if damage not in ("another fingerprint", "fewer images"):
+        with pytest.raises(InputError, match=DAMAGES[damage]) as error:
+            AnnotationCache(folder)
+        one_sentence(error)
+    capsys.readouterr()
     compute = Compute()
-    cache = AnnotationCache.open(tmp_path, "a" * 64, 5, compute)
-    assert compute.calls == 1
-    torch.testing.assert_close(cache.rows([0]).values, VALUES[:1], atol=1e-3, rtol=1e-3)
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
+    assert compute.firsts == [0]
+    said, announced = capsys.readouterr().out.splitlines()
+    assert DAMAGES[damage] in said and said.endswith("has to be built anew.") and "Annotating" in announced
+    assert files_in(tmp_path) == {"values.npy", "index.json"}
 
 
-def test_a_run_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path):
-    def compute():
-        yield Annotations(VALUES[:3], None, (2, 2))
-        raise KeyboardInterrupt
+def test_a_run_that_uses_a_cache_keeps_it_while_another_builds_it_anew(tmp_path):
+    used = AnnotationCache.open(tmp_path, WANTED, Compute())
+    (tmp_path / ("a" * 16) / "index.json").unlink()
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, Compute(VALUES + 1)), VALUES + 1)
+    holds_the_values(used)
 
+
+@pytest.mark.parametrize("until", [0, 2, 4])
+def test_a_run_that_breaks_off_is_gone_on_from(until, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        AnnotationCache.open(tmp_path, "a" * 64, 5, compute)
-    assert not list((tmp_path / ("a" * 16)).iterdir())
-    AnnotationCache.open(tmp_path, "a" * 64, 5, Compute())
+        AnnotationCache.open(tmp_path, WANTED, Compute(VALUES, until=until))
+    assert files_in(tmp_path) == ({"values.npy", "progress.json"} if until else set())
+    with pytest.raises(InputError, match="not complete"):
+        AnnotationCache(tmp_path / ("a" * 16))
+    capsys.readouterr()
+    compute = Compute(torch.cat([VALUES[:until] + 9, VALUES[until:]]))
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
+    assert compute.firsts == [until] and files_in(tmp_path) == {"values.npy", "index.json"}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (f"once, from image {until + 1} on: 4 regions" if until else "once: 4 regions") in line
+
+
+def test_what_is_not_recorded_is_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotation_cache, "RECORD_SECONDS", 3600.0)
+    with pytest.raises(KeyboardInterrupt):
+        AnnotationCache.open(tmp_path, WANTED, Compute(VALUES + 1, until=4))
+    compute = Compute()
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
+    assert compute.firsts == [0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
+def test_what_is_recorded_is_on_the_disk_before(tmp_path, monkeypatch):
+    """The values are synchronised first, then the index that speaks of them, then it takes its name."""
+    order = []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(number):
+        order.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    def noted_rename(old, new):
+        order.append(new.name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    AnnotationCache.open(tmp_path, WANTED, Compute())
+    kept = ["values.npy", "progress.tmp", "progress.json"]
+    assert order == [*kept * 3, "values.npy", "progress.tmp", "index.json"]  # nothing, two images, four, all
+
+
+# A full disk
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 4 * 3 * 2 - 1))
+    with pytest.raises(InputError, match="free") as error:
+        AnnotationCache.open(tmp_path, WANTED, Compute())
+    one_sentence(error)
+    assert not files_in(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 4 * 3 * 2))
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, Compute()))
+
+
+def test_a_run_that_goes_on_needs_room_for_the_rest_only(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        AnnotationCache.open(tmp_path, WANTED, Compute(until=4))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 3 * 2))
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, Compute()))
+
+
+def test_a_disk_that_fills_up_is_said_and_what_was_done_stays(tmp_path, monkeypatch):
+    write = CacheFolder.write
+
+    def full(folder, index, values):
+        if index.done >= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(folder, index, values)
+
+    monkeypatch.setattr(CacheFolder, "write", full)
+    with pytest.raises(InputError, match="No space left on device.* after 2 of 5 images") as error:
+        AnnotationCache.open(tmp_path, WANTED, Compute())
+    one_sentence(error)
+    monkeypatch.setattr(CacheFolder, "write", write)
+    compute = Compute()
+    holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
+    assert compute.firsts == [2]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="another data.cache") as error:
+        AnnotationCache.open(tmp_path / "file", WANTED, Compute())
+    one_sentence(error)
+
+
+# What a cache cannot hold
 
 
 @pytest.mark.parametrize("value", [1e5, -1e5, float("nan"), float("inf")])
@@ -90,15 +299,123 @@ def test_values_that_16_bits_cannot_hold_are_refused(value, tmp_path, recwarn):
     values = VALUES.clone()
     values[4, 1, 2] = value
     with pytest.raises(InputError, match="data.cache to null") as error:
-        AnnotationCache.open(tmp_path, "a" * 64, 5, Compute(values))
+        AnnotationCache.open(tmp_path, WANTED, Compute(values))
     one_sentence(error)
-    assert not list((tmp_path / ("a" * 16)).iterdir()) and not recwarn.list
+    assert not files_in(tmp_path) and not recwarn.list
 
 
 def test_regions_that_differ_in_number_are_refused(tmp_path):
     with pytest.raises(InputError, match="number of regions") as error:
-        AnnotationCache.open(tmp_path, "a" * 64, 5, Compute(mask=torch.ones(3, 4, dtype=torch.bool)))
+        AnnotationCache.open(tmp_path, WANTED, Compute(mask=torch.ones(2, 4, dtype=torch.bool)))
     one_sentence(error)
+
+    def compute(first):
+        yield Annotations(VALUES[:2], None, (2, 2))
+        yield Annotations(VALUES[2:, :3], None, None)
+
+    with pytest.raises(InputError, match="number of regions"):
+        AnnotationCache.open(tmp_path, WANTED, compute)
+    assert not files_in(tmp_path)
+
+
+# Several processes
+
+FORK = multiprocessing.get_context("fork")  # which has torch imported
+
+
+def fill(folder, notes, printed, pause):
+    """Fill the cache, an image at a time, and note each image that is computed."""
+
+    def compute(first):
+        for start in range(first, 5):
+            with notes.open("a") as file:
+                file.write(f"{start} ")
+            yield Annotations(VALUES[start : start + 1], None, (2, 2))
+            time.sleep(pause)
+
+    with printed.open("w", buffering=1) as sys.stdout:
+        AnnotationCache.open(folder, WANTED, compute)
+
+
+@pytest.fixture
+def filler(tmp_path):
+    """Start a process that fills the cache; it comes with its notes and what it prints."""
+    started = []
+
+    def start(pause):
+        files = [tmp_path / f"{name}{len(started)}" for name in ("notes", "printed")]
+        for file in files:
+            file.touch()
+        process = FORK.Process(target=fill, args=(tmp_path, *files, pause))
+        process.start()
+        started.append(process)
+        return process, *files
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def done_in(folder):
+    """The number of images that are recorded, of a cache that another process is just making."""
+    try:
+        index = folder.read()
+    except CacheFault:
+        return 0
+    return 0 if index is None else index.done
+
+
+def test_a_killed_process_leaves_no_lock_and_its_work_is_gone_on_from(filler, tmp_path):
+    folder = CacheFolder(tmp_path / ("a" * 16))
+    process, *_ = filler(60)
+    wait_for(lambda: done_in(folder) == 1)
+    assert folder.is_being_filled
+    with pytest.raises(InputError, match="being filled by a running process") as error:
+        folder.delete()
+    one_sentence(error)
+    process.kill()  # SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not folder.is_being_filled and not folder.read().complete
+    compute = Compute()
+    cache = AnnotationCache.open(tmp_path, WANTED, compute)
+    assert compute.firsts == [1]
+    whole = AnnotationCache.open(tmp_path / "other", WANTED, Compute())
+    assert np.array_equal(cache._values, whole._values)
+
+
+def test_of_several_that_start_at_once_one_fills_and_the_others_wait(filler, tmp_path):
+    started = [filler(0.1) for _ in range(3)]
+    for process, *_ in started:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(notes.read_text().split() for _, notes, _ in started) == [[], [], list("01234")]
+    printed = sorted(printed.read_text() for *_, printed in started)
+    assert printed[0].startswith("Annotating 5 train images") and printed[0].count("\n") == 1
+    waiting = f"Waiting for another process, which is filling the cache {tmp_path / ('a' * 16)}.\n"
+    assert printed[1:] == [waiting, waiting]
+    holds_the_values(AnnotationCache(tmp_path / ("a" * 16)))
+
+
+def test_who_waits_takes_over_from_a_killed_process(filler, tmp_path):
+    folder = CacheFolder(tmp_path / ("a" * 16))
+    first, *_ = filler(60)
+    wait_for(lambda: done_in(folder) == 1)
+    second, notes, printed = filler(0)
+    wait_for(lambda: "Waiting" in printed.read_text())
+    assert notes.read_text() == ""
+    first.kill()
+    second.join(60)
+    assert second.exitcode == 0 and notes.read_text().split() == list("1234")
+    holds_the_values(AnnotationCache(folder.path))
 
 
 # The fingerprint
@@ -184,6 +501,60 @@ def test_the_cache_holds_what_the_encoder_gives(fit, tmp_path):
         whole = torch.cat([captioner.annotate(images).values for images in data.images(name)])
         cached = data.caches[name].rows(range(len(whole)))
         assert np.allclose(cached.values, whole, atol=2e-3) and cached.grid == (4, 4)
+
+
+def test_the_cache_of_the_mirrored_images_is_one_more_and_training_takes_from_both(fit, tmp_path):
+    flags = (*FOREIGN, "--data.cache", str(tmp_path), "--data.flip", "true", "--trainer.max_epochs", "2")
+    Counting.seen = 0
+    cli = fit(*flags)
+    assert Counting.seen == 1 + 2 * 22 + 9 and len(list(tmp_path.iterdir())) == 3
+    data, captioner = cli.datamodule, cli.model.captioner.eval()
+    mirrored = torch.cat([captioner.annotate(images.flip(-1)).values for images in data.images("train")])
+    assert np.allclose(data.mirrored_cache.rows(range(22)).values, mirrored, atol=2e-3)
+    assert data.train_dataloader().dataset.mirrored_cache is data.mirrored_cache
+    assert data.val_dataloader().dataset.mirrored_cache is None
+
+    # The two runs draw the same: the one that fills the caches and the one that finds them.
+    again = fit(*flags)
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in cli.model.state_dict().items())
+    assert Counting.seen == 1 + 2 * 22 + 9 + len(mirrored) + 1
+
+    upright = fit(*flags, "--data.flip", "false")  # finds the cache of the images as they are
+    assert upright.datamodule.mirrored_cache is None and len(list(tmp_path.iterdir())) == 3
+
+
+def test_on_a_device_with_room_training_takes_from_its_memory(fit, tmp_path, monkeypatch):
+    flags = (*FOREIGN, "--data.cache", str(tmp_path), "--data.flip", "true", "--trainer.max_epochs", "2")
+    mapped = fit(*flags)
+    assert mapped.datamodule.train_dataloader().dataset.cache._kept is None
+    asked = []
+    monkeypatch.setattr(datamodule, "has_room", lambda *of: asked.append(of) or True)
+    kept = fit(*flags)
+    dataset = kept.datamodule.train_dataloader().dataset
+    assert asked == [(torch.device("cpu"), 2 * 22 * 16 * 12 * 2)]
+    assert dataset.cache._kept.dtype == dataset.mirrored_cache._kept.dtype == torch.float16
+    assert kept.datamodule.val_dataloader().dataset.cache._kept is None
+    assert all(torch.equal(value, kept.model.state_dict()[name]) for name, value in mapped.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_two_experiments_started_at_once_share_a_cache_that_is_not_there_yet(recipe, tmp_path):
+    """Each in a process of its own, as from two terminals: one fills, both train."""
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    flags = ["--config", str(recipe), *FOREIGN, "--data.cache", str(tmp_path / "cache")]
+    program = "import sys; from captioner.cli import main; sys.exit(main(sys.argv[1:]))"
+    runs = []
+    for decoder in ("LSTMDecoder", "GRUDecoder"):
+        own = ["--model.decoder", decoder, "--trainer.default_root_dir", str(tmp_path / decoder)]
+        command = [sys.executable, "-c", program, "fit", *flags, *own]
+        runs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    found = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and [stderr for _, stderr in found] == ["", ""], found
+    printed = [line for stdout, _ in found for line in stdout.splitlines()]
+    assert sum(line.startswith("Annotating 22 train images once: ") for line in printed) == 1
+    assert sum(line.startswith("Annotating 9 val images once: ") for line in printed) == 1
+    assert sum(line.startswith("Checkpoint: ") for line in printed) == 2
 
 
 def test_an_encoder_that_learns_cannot_be_cached(fit, tmp_path):

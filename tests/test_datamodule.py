@@ -1,11 +1,17 @@
 """The data: every image once, all its captions, nothing lost and nothing filled up."""
 
+import time
+
 import pytest
 import torch
 from PIL import Image
 
+from captioner import datamodule
+from captioner.annotation_cache import AnnotationCache
 from captioner.annotation_files import CaptionedImage, CaptionFiles, COCOCaptions
-from captioner.datamodule import CaptionData, CaptionedImages, batches
+from captioner.attention import Annotations
+from captioner.cache_folder import Index
+from captioner.datamodule import CaptionData, CaptionedImages, batches, has_room, read_ahead
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN
@@ -124,6 +130,154 @@ def test_the_vocabulary_is_that_of_the_training_captions(files):
 def test_a_long_caption_is_cut_and_does_not_teach_to_end(files):
     tokens = ready(files, max_words=2).train_dataloader().dataset.__getitems__([0]).tokens
     assert tokens.shape == (1, 1, 3) and END not in tokens
+
+
+# Mirrored images
+
+
+class Sides(CaptionFiles):
+    """Six images, red on the left and blue on the right, with captions that say so."""
+
+    splits = ("train", "val", "test")
+
+    def __init__(self, folder):
+        image = Image.new("RGB", (16, 16), (0, 0, 200))
+        image.paste((200, 0, 0), (0, 0, 8, 16))
+        self.images = []
+        for number in range(6):
+            image.save(folder / f"{number}.png")
+            captions = ("Red left, blue right.", "Red lies to the LEFT")
+            self.images.append(CaptionedImage(number, folder / f"{number}.png", captions))
+
+    def records(self, split=None):
+        return list(self.images)
+
+
+@pytest.fixture
+def sides(tmp_path):
+    return Sides(tmp_path)
+
+
+UPRIGHT = ["red left blue right", "red lies to the left"]
+MIRRORED = ["red right blue left", "red lies to the right"]
+
+
+def shown(data):
+    """Of each training image in the order of a round: whether it is mirrored, by its pixels and its captions."""
+    for batch in data.train_dataloader():
+        for pixels, captions in zip(batch.images, batch.tokens, strict=True):
+            mirrored = bool(pixels[0, 0, 0] == 0)
+            assert torch.equal(pixels[0], pixels[2].flip(-1))
+            words = [" ".join(data.vocabulary.decode(ids.tolist())) for ids in captions]
+            assert words == (MIRRORED if mirrored else UPRIGHT)
+            yield mirrored
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_in_memory": True}, {"num_workers": 1}])
+def test_half_of_the_training_images_are_mirrored_with_left_and_right_exchanged(settings, sides):
+    torch.manual_seed(1)
+    data = ready(sides, flip=True, **settings)
+    rounds = [list(shown(data)) for _ in range(2 if "num_workers" in settings else 40)]
+    share = sum(map(sum, rounds)) / (6 * len(rounds))
+    assert len({*map(tuple, rounds)}) > 1 and (0.4 < share < 0.6 or "num_workers" in settings)
+    torch.manual_seed(1)
+    again = ready(sides, flip=True, **settings)
+    assert [list(shown(again)) for _ in rounds] == rounds
+
+
+def test_without_flip_and_in_evaluation_nothing_is_mirrored(sides):
+    assert not any(mirrored for _ in range(5) for mirrored in shown(ready(sides)))
+    for stage, loader in (("fit", "val_dataloader"), ("test", "test_dataloader")):
+        data = ready(sides, stage, flip=True)
+        for _ in range(5):
+            assert all((batch.images[:, 0, :, 0] == 200).all() for batch in getattr(data, loader)())
+
+
+def test_the_words_of_both_views_are_counted(sides):
+    assert ready(sides, minimum_count=7).vocabulary.words == ("left", "red")  # "left" 12 times, "right" 6
+    data = ready(sides, minimum_count=7, flip=True)
+    assert data.vocabulary.words == ("red", "left", "right")  # 9 times each on average; the others count as without
+    assert set(ready(sides, minimum_count=9, flip=True).vocabulary.words) == {"red", "left", "right"}
+    assert ready(sides, minimum_count=10, flip=True).vocabulary.words == ("red",)
+
+
+def test_cached_annotations_are_those_of_the_view_that_is_captioned(sides, tmp_path):
+    values = torch.arange(1.0, 7.0)[:, None, None].expand(6, 4, 3)
+    caches = [
+        AnnotationCache.open(
+            tmp_path, Index(letter * 64, 6, "", "", ""), lambda first, sign=sign: [Annotations(sign * values[first:])]
+        )
+        for letter, sign in (("a", 1), ("b", -1))
+    ]
+    torch.manual_seed(1)
+    data = ready(sides, flip=True)
+    data.caches["train"], data.mirrored_cache = caches
+    seen = set()
+    for _ in range(20):
+        for batch in data.train_dataloader():
+            assert batch.images is None
+            for image_id, annotations, captions in zip(
+                batch.image_ids, batch.annotations.values, batch.tokens, strict=True
+            ):
+                mirrored = " ".join(data.vocabulary.decode(captions[0].tolist())) == MIRRORED[0]
+                assert (annotations == (-1 if mirrored else 1) * (image_id + 1)).all()
+                seen.add((image_id, mirrored))
+    assert len(seen) == 12
+
+
+# Reading ahead
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_images_of_a_split_come_in_order(workers, files):
+    data = ready(files, num_workers=workers)
+    whole = torch.stack([SQUASH.pixels(Image.open(record.path)) for record in files.images])
+    for first, sizes in ((0, [3, 3, 1]), (4, [3]), (7, [])):
+        found = list(data.images("train", first))
+        assert [len(images) for images in found] == sizes
+        assert torch.equal(torch.cat([whole[:0], *found]), whole[first:])
+
+
+def test_mirrored_images_are_mirrored(sides):
+    upright, mirrored = (torch.cat(list(ready(sides).images("train", mirrored=m))) for m in (False, True))
+    assert torch.equal(mirrored, upright.flip(-1)) and not torch.equal(mirrored, upright)
+
+
+def test_two_batches_are_read_in_advance_and_no_more(files, monkeypatch):
+    read = []
+    monkeypatch.setattr(datamodule, "read_image", lambda path: read.append(path) or Image.open(path))
+    images = read_ahead(CaptionedImages(files.images, SQUASH), 2)
+    next(images)
+    end = time.monotonic() + 10
+    while len(read) < 6 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(read) == 6
+    assert sum(map(len, images)) == 5 and len(read) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_in_advance_is_named(workers, files):
+    files.images[4].path.write_text("no image")
+    with pytest.raises(InputError, match="4.png is not an image"):
+        list(ready(files, num_workers=workers).images("train"))
+
+
+# On a GPU
+
+
+def test_a_gpu_has_room_if_it_is_twice_as_large(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert has_room(torch.device("cuda", 0), 500) and not has_room(torch.device("cuda", 0), 501)
+    assert not has_room(torch.device("cpu"), 1)
+
+
+def test_what_is_on_a_device_is_not_pinned(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    wanted = Index("a" * 64, 7, "", "", "")
+    cache = AnnotationCache.open(tmp_path, wanted, lambda first: [Annotations(torch.ones(7, 4, 3))])
+    for of, pinned in ((None, True), (cache, True), (cache.to(torch.device("meta")), False)):
+        assert batches(CaptionedImages(files.images, SQUASH, cache=of), 3).pin_memory is pinned
 
 
 def test_a_vocabulary_without_words_is_said(files):

@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -125,6 +128,32 @@ def test_too_many_pixels_are_an_error(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(InputError, match=f"large.png has more than {limit} pixels"):
         read_image(tmp_path / "large.png")
+
+
+def test_threads_that_read_at_once_leave_the_warnings_as_they_were(tmp_path, monkeypatch):
+    for number in range(8):
+        noise(300, 300).save(tmp_path / f"{number}.png")
+    noise(400, 400).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120_000)
+    before, opened = list(warnings.filters), Image.open
+
+    def slowly(*args, **settings):
+        time.sleep(0.002)  # in which another thread comes to the same place
+        return opened(*args, **settings)
+
+    monkeypatch.setattr(Image, "open", slowly)
+
+    def refused(path):
+        try:
+            read_image(path)
+        except InputError:
+            return True
+        return False
+
+    paths = sorted(tmp_path.iterdir()) * 4
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(refused, paths)) == [path.name == "large.png" for path in paths]
+    assert warnings.filters == before
 
 
 # Finding

@@ -13,8 +13,18 @@ import captioner
 PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
     -1: ["errors", "loops", "penn_treebank"],
-    0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint"],
-    1: ["metrics", "results", "vocabulary", "encoders", "bridges", "decoders", "scenes", "annotation_cache"],
+    0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint", "cache_folder"],
+    1: [
+        "metrics",
+        "results",
+        "vocabulary",
+        "encoders",
+        "bridges",
+        "decoders",
+        "scenes",
+        "annotation_cache",
+        "cache_listing",
+    ],
     2: ["model", "objectives", "datamodule", "evaluation"],
     3: ["task", "overlay", "faithfulness", "report"],
     4: ["training"],
@@ -72,7 +82,19 @@ def python(code):
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".errors", ".annotation_files", ".tokens", ".metrics", ".results", ".evaluation", ".scenes", ".cli"]
+    "module",
+    [
+        "",
+        ".errors",
+        ".annotation_files",
+        ".tokens",
+        ".metrics",
+        ".results",
+        ".evaluation",
+        ".scenes",
+        ".cache_listing",
+        ".cli",
+    ],
 )
 def test_what_needs_no_torch_does_not_import_it(module):
     result = python(f"import sys, captioner{module}; assert not {{'torch', 'lightning'}} & set(sys.modules)")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from captioner.annotation_files import Flickr8k
-from captioner.tokens import detokenize, tokenize
+from captioner.tokens import detokenize, mirror, tokenize
 
 FLICKR8K = Path(__file__).parents[2] / "shared" / "flickr8k"
 
@@ -67,6 +67,12 @@ def test_nothing_is_no_token(caption):
 def test_detokenize_closes_contractions(words, text):
     assert detokenize(words.split()) == text
     assert tokenize(text) == words.split()
+
+
+def test_a_mirrored_caption_exchanges_left_and_right():
+    words = tokenize("Left of the dog, a left-handed man turns right.")
+    assert mirror(words) == ["right", "of", "the", "dog", "a", "left-handed", "man", "turns", "left"]
+    assert mirror(mirror(words)) == words and mirror([]) == []
 
 
 @pytest.mark.parametrize("caption", AS_COCO)
