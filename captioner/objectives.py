@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +27,8 @@ class CrossEntropy(nn.Module):
     The term asks each region to be looked at as often as every other over a caption. Its reduction here: the square
     (1 - sum_t alpha_ti)^2, t over the words of the caption and its end, is averaged over the captions and over the
     regions that exist. Padding adds nothing to the sum, and captions that are padding alone do not count.
+
+    Where several processes train, words and captions count alike in whichever process they are; see :func:`share`.
 
     Parameters
     ----------
@@ -63,7 +66,7 @@ class CrossEntropy(nn.Module):
         words = targets.flatten() if logits.dim() == 4 else targets[targets != PAD]
         cross_entropy = F.cross_entropy(
             logits.flatten(0, -2).float(), words, ignore_index=PAD, label_smoothing=self.label_smoothing
-        )
+        ) * share((words != PAD).sum())
         attention = cross_entropy.new_zeros(()) if weights is None else doubly_stochastic(weights, targets, mask)
         return Loss(cross_entropy + self.doubly_stochastic * attention, cross_entropy, attention)
 
@@ -75,7 +78,25 @@ def doubly_stochastic(weights: Tensor, targets: Tensor, mask: Tensor | None = No
     counts = spoken.any(2)[..., None].expand_as(looked)
     if mask is not None:
         counts = counts & mask[:, None]
-    return ((1 - looked).square() * counts).sum() / counts.sum()
+    return ((1 - looked).square() * counts).sum() / counts.sum() * share(counts.sum())
+
+
+def share(count: Tensor) -> Tensor:
+    """Return the number of a process's items by their average number per process: 1 where one process trains.
+
+    DDP averages gradients as if every process had equally many words. A mean over a process's own items, times this,
+    gives the gradient of the mean over the items of all.
+    """
+    return count / average(count)
+
+
+def average(values: Tensor) -> Tensor:
+    """Return the averages of values over the processes, without gradient; where there is one, they are the values."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values.detach()
+    total = values.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 class WordPresence(nn.Module):

@@ -28,7 +28,7 @@ from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.metrics import score_captions
 from captioner.model import Captioner, describe
-from captioner.objectives import CrossEntropy, WordPresence
+from captioner.objectives import CrossEntropy, WordPresence, average
 from captioner.tokens import detokenize
 from captioner.vocabulary import Vocabulary
 
@@ -132,6 +132,9 @@ class CaptioningTask(LightningModule):
 
     def _build(self, vocabulary: Vocabulary) -> None:
         self.model = Captioner(self._encoder[0], vocabulary, **self._settings)
+        decoder = self.model.decoder
+        if isinstance(decoder, LSTMDecoder) and not decoder.feed_previous and not self.model.tie_weights:
+            self.model.embedding.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
         if self.word_presence > 0:
             if not self._encoder[0].learns:
                 raise InputError(
@@ -139,6 +142,11 @@ class CaptioningTask(LightningModule):
                     "encoder's learns to true."
                 )
             self.presence = WordPresence(self._encoder[0].annotation_dim, len(vocabulary))
+
+    def on_fit_start(self) -> None:
+        """Let each process draw dropout and captions of its own: Lightning gives the same seed to all."""
+        if not self.trainer.is_global_zero:
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
     def _fill_caches(self) -> None:
         """Fill the caches of annotations, where they are asked for."""
@@ -186,17 +194,19 @@ class CaptioningTask(LightningModule):
         assert batch.tokens is not None
         annotations = self._annotations(batch)
         logits, weights, _ = self.captioner.score_words(annotations, batch.tokens, self.objective.needs_weights)
-        loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
-        total: Tensor = loss.total
-        parts = {"cross_entropy": loss.cross_entropy}
+        objective = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
+        total: Tensor = objective.total
+        parts = {"cross_entropy": objective.cross_entropy}
         if weights is not None:
-            parts["attention"] = loss.attention
+            parts["attention"] = objective.attention
         if self.presence is not None:
             parts["word_presence"] = self.presence(annotations, batch.tokens)
             total = total + self.word_presence * parts["word_presence"]
         size = len(batch.image_ids)
-        self.log("train/loss", total, prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=size)
+        # Over all processes, in one message: Lightning's sync_dist sends two for each value.
+        loss, *means = average(torch.stack([total, *parts.values()]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": mean for name, mean in zip(parts, means, strict=True)}, batch_size=size)
         return total
 
     def on_validation_epoch_start(self) -> None:

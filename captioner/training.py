@@ -140,7 +140,8 @@ class ScoreLines(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Keep the loss of a batch for the mean."""
-        self.losses.append(trainer.callback_metrics["train/loss"])
+        if trainer.is_global_zero:  # which prints it
+            self.losses.append(trainer.callback_metrics["train/loss"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch, the mean loss since the last line, the scores and the time since the start."""
@@ -229,6 +230,7 @@ def _quiet() -> None:
         "Checkpoint directory .* exists and is not empty",
         "Found .* in eval mode at the start of training",  # a frozen encoder
         "The dirpath has changed from",  # on validating and testing, which save nothing
+        "Using `DistributedSampler` with the dataloaders",  # which gives an image twice: it is scored once
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", f".*{message}")
