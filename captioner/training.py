@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -118,6 +119,22 @@ class TrainingCLI(LightningCLI):
             checkpoints.dirpath = str(Path(resumed).parent)
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; where several processes do and one fails, that one says why and the others end with it, silently."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            # What Lightning makes of Ctrl-C, which reaches all processes.
+            if isinstance(end.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
+                raise KeyboardInterrupt from None
+            raise
+        except Exception:
+            if not _fails_first():
+                raise SystemExit(2) from None
+            for process in getattr(self.trainer.strategy.launcher, "procs", ()):
+                process.kill()  # it could wait for this one for ever
+            raise
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Leave the table of scores to :func:`print_scores`."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -220,6 +237,17 @@ def train(args: Sequence[str]) -> TrainingCLI:
             split = cli.datamodule.splits["test" if cli.subcommand == "test" else "val"]
             print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam {beam}")
     return cli
+
+
+def _fails_first() -> bool:
+    """Tell whether no other process of this run has failed before; most failures are met by all, or follow from one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    store = torch.distributed.distributed_c10d._get_default_store()
+    try:
+        return store.add("captioner/failed", 1) == 1
+    except RuntimeError:  # the first process held the store, and is gone
+        return False
 
 
 def _quiet() -> None:
