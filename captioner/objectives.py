@@ -78,7 +78,8 @@ def doubly_stochastic(weights: Tensor, targets: Tensor, mask: Tensor | None = No
     counts = spoken.any(2)[..., None].expand_as(looked)
     if mask is not None:
         counts = counts & mask[:, None]
-    return ((1 - looked).square() * counts).sum() / counts.sum() * share(counts.sum())
+    count = counts.sum()
+    return ((1 - looked).square() * counts).sum() / count * share(count)
 
 
 def share(count: Tensor) -> Tensor:
