@@ -86,7 +86,8 @@ def share(count: Tensor) -> Tensor:
     """Return the number of a process's items by their average number per process: 1 where one process trains.
 
     DDP averages gradients as if every process had equally many words. A mean over a process's own items, times this,
-    gives the gradient of the mean over the items of all.
+    gives the gradient of the mean over the items of all. A mean over images needs it not: the sampler gives every
+    process as many.
     """
     return count / average(count)
 

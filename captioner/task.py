@@ -194,19 +194,19 @@ class CaptioningTask(LightningModule):
         assert batch.tokens is not None
         annotations = self._annotations(batch)
         logits, weights, _ = self.captioner.score_words(annotations, batch.tokens, self.objective.needs_weights)
-        objective = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
-        total: Tensor = objective.total
-        parts = {"cross_entropy": objective.cross_entropy}
+        loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
+        total: Tensor = loss.total
+        parts = {"cross_entropy": loss.cross_entropy}
         if weights is not None:
-            parts["attention"] = objective.attention
+            parts["attention"] = loss.attention
         if self.presence is not None:
             parts["word_presence"] = self.presence(annotations, batch.tokens)
             total = total + self.word_presence * parts["word_presence"]
         size = len(batch.image_ids)
         # Over all processes, in one message: Lightning's sync_dist sends two for each value.
-        loss, *means = average(torch.stack([total, *parts.values()]))
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": mean for name, mean in zip(parts, means, strict=True)}, batch_size=size)
+        mean, *means = average(torch.stack([total, *parts.values()]))
+        self.log("train/loss", mean, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in zip(parts, means, strict=True)}, batch_size=size)
         return total
 
     def on_validation_epoch_start(self) -> None:
