@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +27,8 @@ class CrossEntropy(nn.Module):
     The term asks each region to be looked at as often as every other over a caption. Its reduction here: the square
     (1 - sum_t alpha_ti)^2, t over the words of the caption and its end, is averaged over the captions and over the
     regions that exist. Padding adds nothing to the sum, and captions that are padding alone do not count.
+
+    Where several processes train, words and captions count alike in whichever process they are; see :func:`share`.
 
     Parameters
     ----------
@@ -61,12 +64,13 @@ class CrossEntropy(nn.Module):
             (B, N), True where a region exists; None: all exist.
         """
         if logits.dim() == 2 and logits.device.type == "cpu":
-            mean: Tensor = _CrossEntropy.apply(logits, targets[targets != PAD], self.label_smoothing)
-            cross_entropy = mean
+            words = targets[targets != PAD]
+            cross_entropy: Tensor = _CrossEntropy.apply(logits, words, self.label_smoothing)
         else:
             words = targets.flatten() if logits.dim() == 4 else targets[targets != PAD]
             exact = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
             cross_entropy = F.cross_entropy(exact, words, ignore_index=PAD, label_smoothing=self.label_smoothing)
+        cross_entropy = cross_entropy * share((words != PAD).sum())
         attention = cross_entropy.new_zeros(()) if weights is None else doubly_stochastic(weights, targets, mask)
         return Loss(cross_entropy + self.doubly_stochastic * attention, cross_entropy, attention)
 
@@ -112,7 +116,27 @@ def doubly_stochastic(weights: Tensor, targets: Tensor, mask: Tensor | None = No
     counts = spoken.any(2)[..., None].expand_as(looked)
     if mask is not None:
         counts = counts & mask[:, None]
-    return ((1 - looked).square() * counts).sum() / counts.sum()
+    count = counts.sum()
+    return ((1 - looked).square() * counts).sum() / count * share(count)
+
+
+def share(count: Tensor) -> Tensor:
+    """Return the number of a process's items by their average number per process: 1 where one process trains.
+
+    DDP averages gradients as if every process had equally many words. A mean over a process's own items, times this,
+    gives the gradient of the mean over the items of all. A mean over images needs it not: the sampler gives every
+    process as many.
+    """
+    return count / average(count)
+
+
+def average(values: Tensor) -> Tensor:
+    """Return the averages of values over the processes, without gradient; where there is one, they are the values."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values.detach()
+    total = values.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 class WordPresence(nn.Module):

@@ -28,7 +28,7 @@ from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.metrics import score_captions
 from captioner.model import Captioner, describe
-from captioner.objectives import CrossEntropy, WordPresence
+from captioner.objectives import CrossEntropy, WordPresence, average
 from captioner.tokens import detokenize
 from captioner.vocabulary import Vocabulary
 
@@ -138,6 +138,9 @@ class CaptioningTask(LightningModule):
         self.model = Captioner(self._encoder[0], vocabulary, **self._settings)
         if self.compiles:
             self.model.decoder.compile()
+        decoder = self.model.decoder
+        if isinstance(decoder, LSTMDecoder) and not decoder.feed_previous and not self.model.tie_weights:
+            self.model.embedding.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
         if self.word_presence > 0:
             if not self._encoder[0].learns:
                 raise InputError(
@@ -145,6 +148,11 @@ class CaptioningTask(LightningModule):
                     "encoder's learns to true."
                 )
             self.presence = WordPresence(self._encoder[0].annotation_dim, len(vocabulary))
+
+    def on_fit_start(self) -> None:
+        """Let each process draw dropout and captions of its own: Lightning gives the same seed to all."""
+        if not self.trainer.is_global_zero:
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
     def _fill_caches(self) -> None:
         """Fill the caches of annotations, where they are asked for."""
@@ -208,8 +216,10 @@ class CaptioningTask(LightningModule):
             parts["word_presence"] = self.presence(annotations, batch.tokens)
             total = total + self.word_presence * parts["word_presence"]
         size = len(batch.image_ids)
-        self.log("train/loss", total, prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=size)
+        # Over all processes, in one message: Lightning's sync_dist sends two for each value.
+        mean, *means = average(torch.stack([total, *parts.values()]))
+        self.log("train/loss", mean, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in zip(parts, means, strict=True)}, batch_size=size)
         return total
 
     def on_validation_epoch_start(self) -> None:

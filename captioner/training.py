@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -119,6 +120,22 @@ class TrainingCLI(LightningCLI):
             checkpoints.dirpath = str(Path(resumed).parent)
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; where several processes do and one fails, that one says why and the others end with it, silently."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            # What Lightning makes of Ctrl-C, which reaches all processes.
+            if isinstance(end.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
+                raise KeyboardInterrupt from None
+            raise
+        except Exception:
+            if not _fails_first():
+                raise SystemExit(2) from None
+            for process in getattr(self.trainer.strategy.launcher, "procs", ()):
+                process.kill()  # it could wait for this one for ever
+            raise
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Leave the table of scores to :func:`print_scores`."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -141,7 +158,8 @@ class ScoreLines(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Keep the loss of a batch for the mean."""
-        self.losses.append(trainer.callback_metrics["train/loss"])
+        if trainer.is_global_zero:  # which prints it
+            self.losses.append(trainer.callback_metrics["train/loss"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch, the mean loss since the last line, the scores and the time since the start."""
@@ -264,6 +282,17 @@ def _run(
         ) from error
 
 
+def _fails_first() -> bool:
+    """Tell whether no other process of this run has failed before; most failures are met by all, or follow from one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    store = torch.distributed.distributed_c10d._get_default_store()
+    try:
+        return store.add("captioner/failed", 1) == 1
+    except RuntimeError:  # the first process held the store, and is gone
+        return False
+
+
 def _quiet() -> None:
     """Silence what Lightning tells its own users and ours can neither use nor change."""
     for message in (
@@ -272,6 +301,7 @@ def _quiet() -> None:
         "Checkpoint directory .* exists and is not empty",
         "Found .* in eval mode at the start of training",  # a frozen encoder
         "The dirpath has changed from",  # on validating and testing, which save nothing
+        "Using `DistributedSampler` with the dataloaders",  # which gives an image twice: it is scored once
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", f".*{message}")

@@ -1,4 +1,4 @@
-"""The README's commands and the recipes mean something to the program as it is."""
+"""The commands of the README and of docs/, and the recipes, mean something to the program as it is."""
 
 import itertools
 import re
@@ -12,7 +12,8 @@ from captioner.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+SEVERAL_GPUS = (ROOT / "docs" / "several_gpus.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README + SEVERAL_GPUS, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner fit" in line]
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 FLAGS = re.findall(r"^\|[^|]*\| `(--[^`]*)`", README, re.MULTILINE)

@@ -1,9 +1,6 @@
-"""The task: it scores what a user of the checkpoint would get, each image once, in one process or two."""
+"""The task: it scores what a user of the checkpoint would get, each image once."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,15 +8,16 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 
-import captioner
 from captioner.annotation_files import COCOCaptions
 from captioner.checkpoint import read
+from captioner.decoders import LSTMDecoder
 from captioner.encoders import SmallCNN
 from captioner.errors import InputError
 from captioner.metrics import score_captions
 from captioner.model import Captioner
 from captioner.task import CaptioningTask
 from captioner.training import train
+from captioner.vocabulary import Vocabulary
 
 
 def scored_by_hand(best, scenes, split, beam_size):
@@ -121,41 +119,10 @@ def test_testing_without_a_checkpoint_says_so(recipe):
         train(["test", "--config", str(recipe)])
 
 
-# Two processes
-
-TWO = """\
-import json, os, sys
-from captioner.training import train
-
-if __name__ == "__main__":
-    cli = train(sys.argv[2:])
-    if cli.trainer.is_global_zero:
-        found = {"images": cli.model.scored_images, "scores": cli.model.scores, "world": cli.trainer.world_size}
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["validate", "fit"])
-def test_two_processes_count_each_image_once(command, recipe, best, tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
-    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.default_root_dir", str(tmp_path)]
-    if command == "validate":
-        flags += ["--ckpt_path", str(best)]
-    else:
-        flags += ["--model.encoder.class_path", "captioner.encoders.ForeignEncoder", "--model.encoder.module"]
-        flags += ["test_annotation_cache.Counting", "--data.cache", str(tmp_path / "cache")]
-    paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent)]
-    script = [sys.executable, str(tmp_path / "two.py"), str(tmp_path / "found.json")]
-    result = subprocess.run(
-        [*script, command, "--config", str(recipe), *flags],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["world"] == 2 and found["images"] == 9  # an odd number: the sampler gives one of them twice
-    if command == "validate":
-        assert found["scores"] == pytest.approx(read(best).scores)
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("feed_previous", [False, True])
+def test_what_learns_is_read(feed_previous, tie_weights):
+    decoder = partial(LSTMDecoder, feed_previous=feed_previous)
+    task = CaptioningTask(SmallCNN(size=32, width=2), decoder=decoder, embedding_dim=8, tie_weights=tie_weights)
+    task._build(Vocabulary(["ball"]))
+    assert task.captioner.embedding.weight.requires_grad == (feed_previous or tie_weights)

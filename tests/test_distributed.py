@@ -1,0 +1,184 @@
+"""Two processes on a CPU, which speak through gloo: they train and score as one does, and fail with one sentence."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_annotation_cache import FOREIGN
+
+import captioner
+from captioner.checkpoint import read
+from captioner.task import CaptioningTask
+
+# Runs the command line, and has each process note what it ends with.
+SCRIPT = """\
+import sys
+import torch
+from test_annotation_cache import Counting
+from test_distributed import seed_the_build
+from captioner.cli import main
+from captioner.training import train
+
+if __name__ == "__main__":
+    if sys.argv[1] == "main":
+        sys.exit(main(sys.argv[2:]))
+    seed_the_build(setattr)
+    cli = train(sys.argv[2:])
+    task, trainer = cli.model, cli.trainer
+    found = {
+        "world": trainer.world_size,
+        "steps": trainer.global_step,
+        "images": task.scored_images,
+        "scores": task.scores,
+        "words": task.captioner.vocabulary.words,
+        "weights": task.state_dict(),
+        "annotated": Counting.seen,
+        "drawn": torch.rand(4),
+    }
+    torch.save(found, f"{sys.argv[1]}/{trainer.global_rank}.pt")
+"""
+
+
+def seed_the_build(setattr):
+    """Let one process begin with the weights of two, for which Lightning sets the seed again."""
+    build = CaptioningTask._build
+
+    def seeded(task, vocabulary):
+        torch.manual_seed(5)
+        build(task, vocabulary)
+
+    setattr(CaptioningTask, "_build", seeded)
+
+
+def start(to, command, recipe, folder, *flags):
+    """Start a command in two processes, which note what they end with in the folder `to`; "main" has no notes."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent)]
+    devices = ["--trainer.devices", "2", "--trainer.default_root_dir", str(folder / "runs")]
+    return subprocess.Popen(
+        [sys.executable, str(script), str(to), command, "--config", str(recipe), *devices, *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that both can be interrupted together, as a terminal does it
+    )
+
+
+def in_two(command, recipe, folder, *flags):
+    """Return what each of two processes found, and what they printed."""
+    out, err = start(folder, command, recipe, folder, *flags).communicate(timeout=120)
+    assert "Traceback" not in err and "Warning" not in err, err
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["world"] == second["world"] == 2
+    return first, second, out
+
+
+def sentences(process):
+    """Return what two processes said on stderr until both had ended, without Lightning's word that they are two."""
+    _, err = process.communicate(timeout=120)
+    return [line for line in err.splitlines() if not line.startswith("Initializing distributed")]
+
+
+def losses(folder):
+    """Return the loss and its parts as the one step of a run logged them."""
+    with open(folder / "metrics.csv") as file:
+        (line,) = (line for line in csv.DictReader(file) if line["train/loss"])
+    return {name: float(value) for name, value in line.items() if name.startswith("train/")}
+
+
+def moments(folder):
+    """Return Adam's mean gradients, which after one step are a tenth of the gradients, by the parameter's number."""
+    (optimizer,) = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    return {number: state["exp_avg"] for number, state in optimizer["state"].items()}
+
+
+def assert_same(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def uneven(scenes, tmp_path_factory):
+    """The scenes with one to five captions each in training, so that two halves of them hold different numbers."""
+    folder = tmp_path_factory.mktemp("uneven")
+    shutil.copytree(scenes, folder, dirs_exist_ok=True)
+    path = folder / "captions_train.json"
+    content = json.loads(path.read_text())
+    captions = {}
+    for annotation in content["annotations"]:
+        captions.setdefault(annotation["image_id"], []).append(annotation)
+    kept = [annotation for place, all_ in enumerate(captions.values()) for annotation in all_[: 1 + place % 5]]
+    path.write_text(json.dumps(content | {"annotations": kept}))
+    return folder
+
+
+def test_two_halves_of_a_batch_train_as_the_whole(uneven, recipe, fit, tmp_path, monkeypatch):
+    flags = ["--data.files.root", str(uneven), "--trainer.precision", "64-true", "--trainer.max_epochs", "1"]
+    flags += [*FOREIGN, "--model.encoder.learns", "true", "--model.word_presence", "0.3"]
+    seed_the_build(monkeypatch.setattr)
+    one = fit(*flags, "--data.batch_size", "22")
+    first, second, out = in_two("fit", recipe, tmp_path, *flags, "--data.batch_size", "11")
+    (run,), one_run = (tmp_path / "runs").iterdir(), Path(one.trainer.loggers[0].log_dir)
+
+    assert first["steps"] == one.trainer.global_step == 1
+    assert_same(first["weights"], second["weights"], 0)
+    assert_same(moments(run), moments(one_run), 1e-12)
+    assert_same(first["weights"], one.model.state_dict(), 1e-12)
+    assert losses(run) == pytest.approx(losses(one_run)) and len(losses(run)) == 4
+    assert first["words"] == second["words"] == one.datamodule.vocabulary.words
+    assert first["images"] == 9 and first["scores"] == second["scores"] == pytest.approx(one.model.scores)
+    assert not torch.equal(first["drawn"], second["drawn"])  # dropout and captions
+
+    assert out.count("epoch 1") == out.count("CIDEr-D") / 2 == out.count("Checkpoint: ") == 1
+    names = sorted(path.name for path in run.rglob("*") if path.is_file() and not path.name.startswith("events.out"))
+    assert names == ["best.ckpt", "config.yaml", "hparams.yaml", "last.ckpt", "metrics.csv"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_cache_that_one_of_them_filled(recipe, tmp_path):
+    # A blind decoder leaves the embedding unread, and DDP waits for the gradients of all that learns.
+    flags = [*FOREIGN, "--data.cache", str(tmp_path / "cache"), "--model.decoder.feed_previous", "false"]
+    first, second, _ = in_two("fit", recipe, tmp_path, *flags)
+    blank = 1  # on which the annotations' size is measured
+    assert (first["annotated"], second["annotated"]) == (blank + 22 + 9, blank)
+    assert first["steps"] == 2 and first["images"] == 9
+    last = next(tmp_path.glob("runs/*/checkpoints/last.ckpt"))
+    first, second, _ = in_two("fit", recipe, tmp_path, *flags, "--ckpt_path", str(last), "--trainer.max_epochs", "2")
+    assert first["annotated"] == second["annotated"] == blank
+    assert first["steps"] == torch.load(last, weights_only=True)["global_step"] == 4
+    assert_same(first["weights"], second["weights"], 0)
+
+
+@pytest.mark.slow
+def test_validation_counts_each_image_once(recipe, best, tmp_path):
+    first, second, out = in_two("validate", recipe, tmp_path, "--ckpt_path", str(best))
+    assert first["images"] == 9 and "val, 9 images" in out  # an odd number: the sampler gives one of them twice
+    assert first["scores"] == second["scores"] == pytest.approx(read(best).scores)
+
+
+def test_a_mistake_that_one_process_meets_ends_both_with_one_sentence(scenes, recipe, tmp_path):
+    shutil.copytree(scenes, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / "000001.png").write_text("no picture")
+    process = start("main", "fit", recipe, tmp_path, "--data.files.root", str(tmp_path))
+    (said,) = sentences(process)
+    assert said.startswith("captioner: ") and "000001.png is not an image" in said and process.returncode == 2
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_both_with_one_sentence(recipe, tmp_path):
+    endless = ["--trainer.max_epochs", "9999", "--early_stopping.patience", "9999"]
+    process = start("main", "fit", recipe, tmp_path, *endless)
+    while not process.stdout.readline().startswith("epoch"):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert [line for line in sentences(process) if line] == ["captioner: interrupted."] and process.returncode == 130
