@@ -16,7 +16,7 @@ from captioner.annotation_cache import AnnotationCache
 from captioner.annotation_files import CaptionedImage, CaptionFiles
 from captioner.attention import Annotations
 from captioner.errors import InputError
-from captioner.images import Preprocessing, read_image
+from captioner.images import Preprocessing, random_box, read_image
 from captioner.tokens import tokenize
 from captioner.vocabulary import Vocabulary, pad
 
@@ -59,6 +59,9 @@ class CaptionedImages(Dataset[Batch]):
         Where the annotations are, in the order of the records.
     keep_in_memory : bool
         Read all images now and keep them, 3 * S * S bytes each.
+    crop : float
+        Take a random part of each image that holds this share of its area at least, anew each time; 1 takes what the
+        preprocessing does.
     """
 
     def __init__(
@@ -70,9 +73,10 @@ class CaptionedImages(Dataset[Batch]):
         captions_per_image: int = 5,
         cache: AnnotationCache | None = None,
         keep_in_memory: bool = False,
+        crop: float = 1.0,
     ) -> None:
         self.records, self.preprocessing, self.captions = records, preprocessing, captions
-        self.captions_per_image, self.cache = captions_per_image, cache
+        self.captions_per_image, self.cache, self.crop = captions_per_image, cache, crop
         self.kept = self._read_all() if keep_in_memory and cache is None else None
 
     def __len__(self) -> int:
@@ -91,7 +95,7 @@ class CaptionedImages(Dataset[Batch]):
         elif self.kept is not None:
             images = self.kept[indices]
         else:
-            images = torch.stack([self._pixels(index) for index in indices])
+            images = torch.stack([self._pixels(*place) for place in zip(indices, self._seeds(indices), strict=True)])
         tokens = None if self.captions is None else pad([self._draw(self.captions[index]) for index in indices])
         return Batch([self.records[index].image_id for index in indices], images, annotations, tokens)
 
@@ -100,8 +104,14 @@ class CaptionedImages(Dataset[Batch]):
             return captions
         return [captions[place] for place in torch.randperm(len(captions))[: self.captions_per_image].tolist()]
 
-    def _pixels(self, index: int) -> Tensor:
-        return self.preprocessing.pixels(read_image(self.records[index].path))
+    def _seeds(self, indices: list[int]) -> list[int | None]:
+        """Draw what decides each image's part, from torch's generator, which the loader seeds in every worker."""
+        return [None] * len(indices) if self.crop == 1 else torch.randint(2**62, (len(indices),)).tolist()
+
+    def _pixels(self, index: int, seed: int | None = None) -> Tensor:
+        image = read_image(self.records[index].path)
+        box = None if seed is None else random_box(image.width, image.height, self.crop, seed)
+        return self.preprocessing.pixels(image, box)
 
     def _read_all(self) -> Tensor:
         size = self.preprocessing.size
@@ -154,6 +164,14 @@ class CaptionData(LightningDataModule):
         Directory for the annotations of a frozen encoder, so that the CNN sees each image once and not once an epoch.
     keep_in_memory : bool
         Keep the images in memory after the first reading, for small ones.
+    crop : float
+        Smallest share of its area that a random part of a training image keeps, drawn anew each time, for an encoder
+        that learns; 1 means none.
+
+    Raises
+    ------
+    InputError
+        Where a number is out of range, or images that are kept are to be cut anew each time.
     """
 
     def __init__(
@@ -169,17 +187,27 @@ class CaptionData(LightningDataModule):
         num_workers: int = 0,
         cache: Path | None = None,
         keep_in_memory: bool = False,
+        crop: float = 1.0,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
         for name, number in numbers.items():
             if number < 1:
                 raise InputError(f"data.{name} is {number}: give a whole number above 0.")
+        if not 0 < crop <= 1:
+            raise InputError(
+                f"data.crop is {crop}: give the smallest share of an image to keep, above 0 and at most 1."
+            )
+        if crop < 1 and (cache is not None or keep_in_memory):
+            raise InputError(
+                f"data.crop {crop} takes another part of an image each time, which data.cache and data.keep_in_memory "
+                "cannot give: set them to null and false, or data.crop to 1."
+            )
         self.files = files
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
         self.max_words, self.num_workers, self.cache = max_words, num_workers, cache
-        self.keep_in_memory = keep_in_memory
+        self.keep_in_memory, self.crop = keep_in_memory, crop
         self.preprocessing: Preprocessing | None = None
         self.vocabulary: Vocabulary | None = None
         self.records: dict[str, list[CaptionedImage]] = {}
@@ -239,6 +267,7 @@ class CaptionData(LightningDataModule):
             captions_per_image=self.captions_per_image,
             cache=self.caches.get(name) if cached else None,
             keep_in_memory=self.keep_in_memory and cached,
+            crop=self.crop if cached and name == "train" else 1.0,
         )
         if cached:
             self._datasets[name] = dataset
