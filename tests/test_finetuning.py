@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_task import rows
 from test_training import one_line
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -14,6 +15,7 @@ from captioner.cli import main
 from captioner.encoders import ResNet
 from captioner.model import Captioner
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 RESNET = ("--model.encoder", "captioner.encoders.ResNet", "--model.encoder.depth", "18", "--model.encoder.stage", "2")
 RESNET += ("--model.encoder.preprocessing.fit", "squash", "--model.encoder.preprocessing.size", "32")
 TUNED = (*RESNET, "--model.encoder.learns", "layer2")
@@ -60,6 +62,15 @@ def said(command, flags, recipe, folder, capsys):
     """What a mistake is answered with."""
     assert main([command, "--config", str(recipe), "--trainer.default_root_dir", str(folder), *flags]) == 2
     return one_line(capsys)
+
+
+def test_the_second_recipe_tunes_the_model_of_the_first():
+    models = [
+        yaml.safe_load((CONFIGS / name).read_text())["model"] for name in ("flickr8k.yaml", "flickr8k_finetune.yaml")
+    ]
+    learns = models[1]["encoder"]["init_args"].pop("learns")
+    rates = [models[1].pop("encoder_learning_rate"), *(model.pop("learning_rate") for model in models)]
+    assert models[0] == models[1] and learns == "layer3" and rates == [1e-5, 5e-4, 1e-4]
 
 
 # What learns
