@@ -17,7 +17,7 @@ from captioner.annotation_cache import AnnotationCache
 from captioner.annotation_files import CaptionedImage, CaptionFiles
 from captioner.attention import Annotations
 from captioner.errors import InputError
-from captioner.images import Preprocessing, read_image
+from captioner.images import Preprocessing, random_box, read_image
 from captioner.tokens import mirror, tokenize
 from captioner.vocabulary import Vocabulary, pad
 
@@ -67,6 +67,9 @@ class CaptionedImages(Dataset[Batch]):
         probability one half each time.
     mirrored_cache : AnnotationCache, optional
         Where the annotations of the mirrored images are, beside `cache`.
+    crop : float
+        Take a random part of each image that holds this share of its area at least, anew each time; 1 takes what the
+        preprocessing does.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class CaptionedImages(Dataset[Batch]):
         keep_in_memory: bool = False,
         mirrored_captions: list[list[list[int]]] | None = None,
         mirrored_cache: AnnotationCache | None = None,
+        crop: float = 1.0,
     ) -> None:
         self.records, self.preprocessing, self.captions = records, preprocessing, captions
-        self.captions_per_image, self.cache = captions_per_image, cache
+        self.captions_per_image, self.cache, self.crop = captions_per_image, cache, crop
         self.mirrored_captions, self.mirrored_cache = mirrored_captions, mirrored_cache
         self.kept = self._read_all() if keep_in_memory and cache is None else None
 
@@ -103,7 +107,7 @@ class CaptionedImages(Dataset[Batch]):
         elif self.kept is not None:
             images = self.kept[indices]
         else:
-            images = torch.stack([self.pixels(index) for index in indices])
+            images = torch.stack([self.pixels(*place) for place in zip(indices, self._seeds(indices), strict=True)])
         if images is not None and mirrored is not None:
             images[mirrored] = images[mirrored].flip(-1)
         tokens = self._tokens(indices, mirrored)
@@ -134,9 +138,15 @@ class CaptionedImages(Dataset[Batch]):
             return captions
         return [captions[place] for place in torch.randperm(len(captions))[: self.captions_per_image].tolist()]
 
-    def pixels(self, index: int) -> Tensor:
-        """Return an image, (3, S, S) uint8."""
-        return self.preprocessing.pixels(read_image(self.records[index].path))
+    def _seeds(self, indices: list[int]) -> list[int | None]:
+        """Draw what decides each image's part, from torch's generator, which the loader seeds in every worker."""
+        return [None] * len(indices) if self.crop == 1 else torch.randint(2**62, (len(indices),)).tolist()
+
+    def pixels(self, index: int, seed: int | None = None) -> Tensor:
+        """Return an image, (3, S, S) uint8, or the part of it that a seed decides."""
+        image = read_image(self.records[index].path)
+        box = None if seed is None else random_box(image.width, image.height, self.crop, seed)
+        return self.preprocessing.pixels(image, box)
 
     def _read_all(self) -> Tensor:
         size = self.preprocessing.size
@@ -209,6 +219,14 @@ class CaptionData(LightningDataModule):
     flip : bool
         Show each training image mirrored with probability one half, with "left" and "right" exchanged in its captions,
         which is for English ones; writing in an image is mirrored, too. The two words are then counted equally.
+    crop : float
+        Smallest share of its area that a random part of a training image keeps, drawn anew each time, for an encoder
+        that learns; 1 means none.
+
+    Raises
+    ------
+    InputError
+        Where a number is out of range, or images that are kept are to be cut anew each time.
     """
 
     def __init__(
@@ -225,17 +243,27 @@ class CaptionData(LightningDataModule):
         cache: Path | None = None,
         keep_in_memory: bool = False,
         flip: bool = False,
+        crop: float = 1.0,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
         for name, number in numbers.items():
             if number < 1:
                 raise InputError(f"data.{name} is {number}: give a whole number above 0.")
+        if not 0 < crop <= 1:
+            raise InputError(
+                f"data.crop is {crop}: give the smallest share of an image to keep, above 0 and at most 1."
+            )
+        if crop < 1 and (cache is not None or keep_in_memory):
+            raise InputError(
+                f"data.crop {crop} takes another part of an image each time, which data.cache and data.keep_in_memory "
+                "cannot give: set them to null and false, or data.crop to 1."
+            )
         self.files = files
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
         self.max_words, self.num_workers, self.cache = max_words, num_workers, cache
-        self.keep_in_memory, self.flip = keep_in_memory, flip
+        self.keep_in_memory, self.flip, self.crop = keep_in_memory, flip, crop
         self.preprocessing: Preprocessing | None = None
         self.vocabulary: Vocabulary | None = None
         self.records: dict[str, list[CaptionedImage]] = {}
@@ -320,6 +348,7 @@ class CaptionData(LightningDataModule):
             keep_in_memory=self.keep_in_memory,
             mirrored_captions=mirrored_captions,
             mirrored_cache=mirrored_cache,
+            crop=self.crop if name == "train" else 1.0,
         )
         return self._datasets[name]
 

@@ -7,13 +7,19 @@ VGG-16 and the ResNets of torchvision, a small CNN that learns from scratch, and
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.utils.checkpoint import checkpoint
 
 from captioner.attention import Annotations
 from captioner.errors import InputError
@@ -29,18 +35,32 @@ class Encoder(nn.Module):
         D, size of an annotation vector.
     preprocessing : Preprocessing
         What an image goes through before it.
-    learns : bool
-        Whether it is trained with the captioner. If not it is frozen: its parameters take no gradient, and it stays in
-        evaluation mode whatever mode the model around it is set to, so that batch norm's statistics cannot drift.
+    learns : bool or str
+        Whether it is trained with the captioner, or the name of the part from which on it is: what is registered before
+        that part is frozen. What is frozen takes no gradient, and stays in evaluation mode whatever mode the model
+        around it is set to.
     grid : int, optional
         Pool its map to this many rows and columns (averages).
+    recompute : bool
+        Compute what the learning stages have computed again in the backward pass, instead of keeping it in memory.
+    pretrained : bool
+        Its weights were learnt elsewhere. Batch norm then stays frozen, as it does wherever `learns` is a name: the few
+        images of a batch would spoil the statistics of many.
     """
 
     def __init__(
-        self, annotation_dim: int, preprocessing: Preprocessing, *, learns: bool, grid: int | None = None
+        self,
+        annotation_dim: int,
+        preprocessing: Preprocessing,
+        *,
+        learns: bool | str,
+        grid: int | None = None,
+        recompute: bool = False,
+        pretrained: bool = False,
     ) -> None:
         super().__init__()
         self.annotation_dim, self.preprocessing, self.learns, self.grid = annotation_dim, preprocessing, learns, grid
+        self.recompute, self.pretrained = recompute, pretrained
 
     def features(self, images: Tensor) -> Tensor | Annotations:
         """Return a map (B, D, h, w), tokens (B, N, D), or annotations."""
@@ -51,20 +71,74 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Annotations:
         """Return the annotations of normalised images (B, 3, S, S)."""
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(bool(self.learns) and torch.is_grad_enabled()):
             features = self.features(images)
             if not isinstance(features, Annotations):
                 features = self._regions(features)
         return features
 
     def train(self, mode: bool = True) -> Encoder:
-        """Set the training mode, which never reaches a frozen encoder."""
-        return super().train(mode and self.learns)
+        """Set the training mode, which never reaches what is frozen."""
+        super().train(mode and bool(self.learns))
+        for module in self._frozen():
+            module.training = False
+        return self
 
     def _freeze(self) -> None:
-        """Apply `learns` to the parameters; a subclass calls it when they exist."""
-        self.requires_grad_(self.learns)
-        self.train(self.learns)
+        """Apply `learns` to the parameters; a subclass calls it when they exist.
+
+        Raises
+        ------
+        InputError
+            Where `learns` names no part with weights to learn.
+        """
+        if isinstance(self.learns, str):
+            self._check_name(self.learns)
+        self.requires_grad_(bool(self.learns))
+        for module in self._frozen():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self.train(bool(self.learns))
+
+    def _check_name(self, name: str) -> None:
+        names = [part for part, module in self._body().named_modules() if any(p.dim() > 1 for p in module.parameters())]
+        if name and name in names:
+            return
+        way = name.split(".")
+        within = (".".join(way[:depth]) for depth in reversed(range(len(way))))
+        beside = ([part for part in names if part and part.rpartition(".")[0] == parent] for parent in within)
+        choices = next(filter(None, beside), [])  # what stands where the name went wrong
+        raise InputError(
+            f"{self._name} has no part {name!r} with weights to learn: set the encoder's learns to "
+            f"{', '.join([*choices, 'true'])} or false."
+        )
+
+    def _frozen(self) -> Iterator[nn.Module]:
+        """Give the modules, each without those inside it, that stay as they are in an encoder that learns."""
+        before = part = isinstance(self.learns, str)
+        for name, module in self._body().named_modules():  # in the order in which they were registered
+            before = before and name != self.learns
+            if before or ((part or self.pretrained) and isinstance(module, _BatchNorm)):
+                yield module
+
+    def _body(self) -> nn.Module:
+        """Return the module whose parts `learns` names."""
+        return self
+
+    def _run(self, stages: Iterable[nn.Module], images: Tensor) -> Any:
+        """Run one stage after another; with `recompute`, the learning ones keep nothing but what they start from."""
+        features: Any = images
+        for stage in stages:
+            if (
+                self.recompute
+                and torch.is_grad_enabled()
+                and (features.requires_grad or any(parameter.requires_grad for parameter in stage.parameters()))
+            ):
+                again = partial(_first_and_again, stage)
+                features = checkpoint(stage, features, use_reentrant=False, context_fn=again)
+            else:
+                features = stage(features)
+        return features
 
     def _regions(self, features: Tensor) -> Annotations:
         if not isinstance(features, Tensor):
@@ -94,6 +168,36 @@ class Encoder(nn.Module):
         return type(self).__name__
 
 
+def _first_and_again(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return what surrounds a stage's computation for the first and for the second time."""
+    return nullcontext(), _buffers_kept(stage)
+
+
+@contextmanager
+def _buffers_kept(stage: nn.Module) -> Iterator[None]:
+    """Put the buffers back at the end: batch norm's statistics have counted the images once already."""
+    before = [buffer.clone() for buffer in stage.buffers()]
+    try:
+        yield
+    finally:  # torch breaks off when it has what it needs
+        for buffer, value in zip(stage.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+
+def _stages(body: nn.Sequential) -> Iterator[nn.Sequential]:
+    """Cut a body behind its poolings and around its stages, so that no piece begins by changing its input in place."""
+    first = 0
+    for end, module in enumerate(body, start=1):
+        if end == len(body) or isinstance(module, nn.MaxPool2d) or any(True for _ in module.children()):
+            yield body[first:end]
+            first = end
+
+
+def _lay_out_as_images(body: nn.Module) -> None:
+    """Put the convolutions' weights in the images' memory format, so that no step converts them or their gradients."""
+    convert_conv2d_weight_memory_format(body, torch.channels_last)
+
+
 class TorchvisionEncoder(Encoder):
     """The convolutional part of a torchvision classifier; see :class:`VGG16` and :class:`ResNet`."""
 
@@ -106,19 +210,29 @@ class TorchvisionEncoder(Encoder):
         weights: str | None,
         grid: int | None,
         preprocessing: Preprocessing | None,
-        learns: bool | None,
+        learns: bool | str | None,
+        recompute: bool,
     ) -> None:
-        self_preprocessing = preprocessing or _published_preprocessing(architecture, weights)
         super().__init__(
-            annotation_dim, self_preprocessing, learns=weights is None if learns is None else learns, grid=grid
+            annotation_dim,
+            preprocessing or _published_preprocessing(architecture, weights),
+            learns=weights is None if learns is None else learns,
+            grid=grid,
+            recompute=recompute,
+            pretrained=weights is not None,
         )
         self.architecture, self.weights, self.body = architecture, weights, body
+        if self.learns:
+            _lay_out_as_images(self.body)
         self._freeze()
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last map of the body, (B, D, h, w)."""
-        features: Tensor = self.body(images)
+        features: Tensor = self._run(_stages(self.body), images)
         return features
+
+    def _body(self) -> nn.Module:
+        return self.body
 
     def load_weights(self) -> None:
         """Load the named torchvision weights, or the local file's.
@@ -181,8 +295,16 @@ class VGG16(TorchvisionEncoder):
         Pool the map to grid x grid regions.
     preprocessing : Preprocessing, optional
         By default what the weights were published with.
-    learns : bool, optional
-        By default it is frozen with pretrained weights and learns without.
+    learns : bool or str, optional
+        By default it is frozen with pretrained weights and learns without. A convolution's number in torchvision, such
+        as "24" of conv5_1, stands for all from it on.
+    recompute : bool
+        Compute the learning layers' maps again in the backward pass instead of keeping them in memory.
+
+    Raises
+    ------
+    InputError
+        Where there are no such weights, or no such convolution.
     """
 
     def __init__(
@@ -191,10 +313,19 @@ class VGG16(TorchvisionEncoder):
         weights: str | None = None,
         grid: int | None = None,
         preprocessing: Preprocessing | None = None,
-        learns: bool | None = None,
+        learns: bool | str | None = None,
+        recompute: bool = False,
     ) -> None:
-        body = torchvision.models.vgg16(weights=None).features[:-1]
-        super().__init__("vgg16", body, 512, weights=weights, grid=grid, preprocessing=preprocessing, learns=learns)
+        super().__init__(
+            "vgg16",
+            torchvision.models.vgg16(weights=None).features[:-1],
+            512,
+            weights=weights,
+            grid=grid,
+            preprocessing=preprocessing,
+            learns=learns,
+            recompute=recompute,
+        )
 
 
 class ResNet(TorchvisionEncoder):
@@ -212,8 +343,16 @@ class ResNet(TorchvisionEncoder):
         Pool the map to grid x grid regions.
     preprocessing : Preprocessing, optional
         By default what the weights were published with.
-    learns : bool, optional
-        By default it is frozen with pretrained weights and learns without.
+    learns : bool or str, optional
+        By default it is frozen with pretrained weights and learns without. A stage's name, such as "layer3", stands for
+        all from it on. Batch norm of pretrained weights stays frozen.
+    recompute : bool
+        Compute the learning stages' maps again in the backward pass instead of keeping them in memory.
+
+    Raises
+    ------
+    InputError
+        Where there are no such weights, or no such stage.
     """
 
     def __init__(
@@ -224,7 +363,8 @@ class ResNet(TorchvisionEncoder):
         weights: str | None = None,
         grid: int | None = None,
         preprocessing: Preprocessing | None = None,
-        learns: bool | None = None,
+        learns: bool | str | None = None,
+        recompute: bool = False,
     ) -> None:
         net = torchvision.models.get_model(f"resnet{depth}", weights=None)
         names = ("conv1", "bn1", "relu", "maxpool", *(f"layer{number}" for number in range(1, stage + 1)))
@@ -239,6 +379,7 @@ class ResNet(TorchvisionEncoder):
             grid=grid,
             preprocessing=preprocessing,
             learns=learns,
+            recompute=recompute,
         )
         self.depth, self.stage = depth, stage
 
@@ -274,6 +415,8 @@ class SmallCNN(Encoder):
         Side of a region in pixels: a multiple of 4 that divides `size`.
     width : int
         Channels of the first stage; the annotations have four times as many.
+    recompute : bool
+        Compute its maps again in the backward pass instead of keeping them in memory.
 
     Raises
     ------
@@ -281,7 +424,7 @@ class SmallCNN(Encoder):
         Where the regions do not tile the image.
     """
 
-    def __init__(self, *, size: int = 96, region: int = 8, width: int = 32) -> None:
+    def __init__(self, *, size: int = 96, region: int = 8, width: int = 32, recompute: bool = False) -> None:
         if region < 4 or region % 4 or size % region:
             raise InputError(
                 f"SmallCNN cannot tile images of {size} pixels with regions of {region}: give a region that is a "
@@ -291,6 +434,7 @@ class SmallCNN(Encoder):
             4 * width,
             Preprocessing(fit="squash", size=size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
             learns=True,
+            recompute=recompute,
         )
         self.size, self.region, self.width = size, region, width
         self.body = nn.Sequential(
@@ -300,10 +444,11 @@ class SmallCNN(Encoder):
             _Residual(4 * width),
             _Residual(4 * width),
         )
+        _lay_out_as_images(self.body)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the map (B, 4 * width, size / region, size / region)."""
-        features: Tensor = self.body(images)
+        features: Tensor = self._run(_stages(self.body), images)
         return features
 
 
@@ -340,8 +485,16 @@ class ForeignEncoder(Encoder):
         Pool its map to grid x grid regions.
     preprocessing : Preprocessing, optional
         What an image goes through before it.
-    learns : bool
-        Train it with the captioner instead of keeping it frozen.
+    learns : bool or str
+        Train it with the captioner instead of keeping it frozen. The dotted name of a part inside the module stands for
+        all that is registered from it on; batch norm then stays frozen, which with true it does not.
+    recompute : bool
+        Compute all inside the module again in the backward pass instead of keeping it in memory.
+
+    Raises
+    ------
+    InputError
+        Where the module has no such part, or gives what is no annotation.
     """
 
     def __init__(
@@ -350,10 +503,12 @@ class ForeignEncoder(Encoder):
         *,
         grid: int | None = None,
         preprocessing: Preprocessing | None = None,
-        learns: bool = False,
+        learns: bool | str = False,
+        recompute: bool = False,
     ) -> None:
         chosen = preprocessing or getattr(module, "preprocessing", None) or Preprocessing()
-        super().__init__(getattr(module, "annotation_dim", 0), chosen, learns=learns, grid=grid)
+        annotation_dim = getattr(module, "annotation_dim", 0)
+        super().__init__(annotation_dim, chosen, learns=learns, grid=grid, recompute=recompute)
         self.module = module
         self._freeze()
         if not self.annotation_dim:
@@ -366,16 +521,18 @@ class ForeignEncoder(Encoder):
 
     def features(self, images: Tensor) -> Tensor | Annotations:
         """Return what the module gives."""
-        features: Tensor | Annotations = self.module(images)
+        features: Tensor | Annotations = self._run([self.module], images)
         return features
+
+    def _body(self) -> nn.Module:
+        return self.module
 
     def _measure(self) -> int:
         size = self.preprocessing.size
-        training = self.module.training
         self.module.eval()  # a blank image must not reach batch norm's statistics
         with torch.no_grad():
             annotations: Annotations = self(torch.zeros(1, 3, size, size))
-        self.module.train(training)
+        self.train(self.training)
         return annotations.values.size(-1)
 
     @property

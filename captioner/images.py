@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import threading
 import warnings
 from collections.abc import Iterable
@@ -201,8 +203,15 @@ class Preprocessing:
         (size,), (resize,) = transforms.crop_size, transforms.resize_size
         return cls("crop", size, resize, tuple(transforms.mean), tuple(transforms.std))
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def pixels(self, image: Image.Image, box: tuple[float, float, float, float] | None = None) -> Tensor:
         """Make the square of an image.
+
+        Parameters
+        ----------
+        image
+            Of any size.
+        box
+            (left, top, right, bottom) in pixels: the part to make the square of, in place of `visible_box`.
 
         Returns
         -------
@@ -212,7 +221,7 @@ class Preprocessing:
         """
         # One resampling from the visible box instead of resizing and then cropping: `visible_box` is exact by
         # construction, and a strip of 1 x 5,000 pixels does not become one of 224 x 1,120,000 on the way.
-        box = self.visible_box(image.width, image.height)
+        box = box or self.visible_box(image.width, image.height)
         square = to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR, box)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
@@ -285,3 +294,34 @@ class Preprocessing:
         tops, lefts = np.meshgrid(ys[:-1], xs[:-1], indexing="ij")
         bottoms, rights = np.meshgrid(ys[1:], xs[1:], indexing="ij")
         return np.stack([lefts, tops, rights, bottoms], axis=-1).reshape(-1, 4)
+
+
+def random_box(width: int, height: int, least: float, seed: int) -> tuple[int, int, int, int]:
+    """Draw a part of an image as torchvision's RandomResizedCrop does.
+
+    Parameters
+    ----------
+    width, height
+        Of the image, in pixels.
+    least
+        Smallest share of its area; the largest is all.
+    seed
+        What decides the draw, alone: threads that read images share no generator.
+
+    Returns
+    -------
+    tuple of int
+        (left, top, right, bottom), whose sides are as 3 to 4 at most.
+    """
+    draw = random.Random(seed)
+    for _ in range(10):
+        area = width * height * draw.uniform(least, 1)
+        proportion = math.exp(draw.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        wide, high = round(math.sqrt(area * proportion)), round(math.sqrt(area / proportion))
+        if 0 < wide <= width and 0 < high <= height:
+            left, top = draw.randint(0, width - wide), draw.randint(0, height - high)
+            return left, top, left + wide, top + high
+    # An image too long for such a part: its middle, as large as the proportions allow.
+    wide, high = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
 from captioner.bridges import Bridge, LinearBridge
 from captioner.cache_folder import Index
-from captioner.checkpoint import KEY, pack, unpack
+from captioner.checkpoint import KEY, pack, read, unpack
 from captioner.datamodule import Batch, CaptionData
 from captioner.decoders import Decoder, LSTMDecoder
 from captioner.encoders import Encoder, ForeignEncoder
@@ -60,6 +63,8 @@ class CaptioningTask(LightningModule):
         :class:`~captioner.objectives.WordPresence`.
     learning_rate : float
         Largest learning rate of AdamW.
+    encoder_learning_rate : float, optional
+        The same for an encoder that learns, by default `learning_rate`. It rises and falls with the other.
     weight_decay : float
         Of the matrices; biases, norms and embeddings have none.
     warmup : float
@@ -72,6 +77,14 @@ class CaptioningTask(LightningModule):
         Longest caption in validation and test.
     compile : bool
         Compile the decoder for training with :func:`torch.compile`, which wants a C++ compiler for a CPU.
+    initial_weights : Path, optional
+        A checkpoint of a captioner of the same sizes and words, whose weights training starts from: first the decoder,
+        then both. A run that goes on from --ckpt_path does not read it.
+
+    Raises
+    ------
+    InputError
+        Where a learning rate is negative.
     """
 
     def __init__(
@@ -85,14 +98,19 @@ class CaptioningTask(LightningModule):
         objective: CrossEntropy | None = None,
         word_presence: float = 0.0,
         learning_rate: float = 5e-4,
+        encoder_learning_rate: float | None = None,
         weight_decay: float = 0.05,
         warmup: float = 0.05,
         beam_size: int = 5,
         length_penalty: float = 0.7,
         max_words: int = 20,
         compile: bool = False,
+        initial_weights: Path | None = None,
     ) -> None:
         super().__init__()
+        for name, rate in {"learning_rate": learning_rate, "encoder_learning_rate": encoder_learning_rate}.items():
+            if rate is not None and rate < 0:
+                raise InputError(f"model.{name} is {rate}: give a number that is not negative.")
         # Held in a tuple until the captioner owns it: a module that is registered twice has two names in a checkpoint.
         self._encoder = (encoder if isinstance(encoder, Encoder) else ForeignEncoder(encoder),)
         self._settings: dict[str, Any] = {
@@ -104,10 +122,12 @@ class CaptioningTask(LightningModule):
         }
         self.objective = objective or CrossEntropy()
         self.word_presence = word_presence
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.learning_rate, self.encoder_learning_rate = learning_rate, encoder_learning_rate
+        self.weight_decay, self.warmup = weight_decay, warmup
         self.beam_size, self.length_penalty, self.max_words = beam_size, length_penalty, max_words
-        self.compiles = compile
+        self.compiles, self.initial_weights = compile, initial_weights
         self.model: Captioner | None = None
+        self._starts = False  # built, and with no weights from anywhere yet
         self.presence: WordPresence | None = None
         self.scores: dict[str, float] = {}
         self._captions: dict[str | int, str] = {}
@@ -131,8 +151,8 @@ class CaptioningTask(LightningModule):
         """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
         self.data.preprocessing = self._encoder[0].preprocessing
         if self.model is None and self.data.vocabulary is not None:
-            self._encoder[0].load_weights()
             self._build(self.data.vocabulary)
+            self._starts = True
 
     def _build(self, vocabulary: Vocabulary) -> None:
         self.model = Captioner(self._encoder[0], vocabulary, **self._settings)
@@ -154,6 +174,27 @@ class CaptioningTask(LightningModule):
         if not self.trainer.is_global_zero:
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
+    def _load_initial_weights(self) -> None:
+        """Load what training starts from: the weights of `initial_weights`, or else the encoder's pretrained ones."""
+        if not self._starts:
+            return
+        self._starts = False
+        if self.initial_weights is None:
+            self.captioner.encoder.load_weights()
+            return
+        contents = read(self.initial_weights)
+        if Vocabulary(contents.words) != self.captioner.vocabulary:
+            raise InputError(
+                f"{self.initial_weights} of model.initial_weights knows {len(contents.words)} words, but not those of "
+                "these training captions: give the captions and the minimum_count that it was trained with."
+            )
+        if wrong := _differing(self.captioner.state_dict(), contents.tensors):
+            raise InputError(
+                f"The weights in {self.initial_weights} of model.initial_weights are another model's ({len(wrong)} "
+                f"tensors differ, {min(wrong)} among them): give the sizes and parts that it was trained with."
+            )
+        self.captioner.load_state_dict(contents.tensors)
+
     def _fill_caches(self) -> None:
         """Fill the caches of annotations, where they are asked for."""
         if self.data.cache is None:
@@ -169,6 +210,7 @@ class CaptioningTask(LightningModule):
     def _open_caches(self, directory: Path) -> None:
         data, encoder = self.data, self.captioner.encoder
         settings = {**describe(encoder), "precision": str(self.trainer.precision)}
+        del settings["recompute"]  # which decides about gradients
         if isinstance(encoder, ForeignEncoder):
             settings["module"] = [encoder.module_name, repr(encoder.module), _source(encoder.module)]
 
@@ -271,16 +313,11 @@ class CaptioningTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with a warm-up and a cosine, stepped with every batch."""
+        self._load_initial_weights()  # here it is known whether --ckpt_path has brought others
         self._fill_caches()  # before the steps are counted, for which Lightning makes the loader of the training images
-        embeddings = {id(module.weight) for module in self.captioner.modules() if isinstance(module, nn.Embedding)}
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        decays = [p for p in learning if p.dim() > 1 and id(p) not in embeddings]
-        stays = [p for p in learning if p.dim() <= 1 or id(p) in embeddings]
-        optimizer = torch.optim.AdamW(
-            [{"params": decays, "weight_decay": self.weight_decay}, {"params": stays, "weight_decay": 0.0}],
-            lr=self.learning_rate,
-            betas=(0.9, 0.98),
-        )
+        # Where float16 scales gradients, a fused optimiser undoes that within its step, which is too late for clipping.
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=fused or None)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, round(self.warmup * steps))
 
@@ -291,6 +328,39 @@ class CaptioningTask(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return what learns: matrices, which decay, and the rest; the encoder's apart if it has a rate of its own."""
+        if self.encoder_learning_rate is not None and not self.captioner.encoder.learns:
+            raise InputError(
+                "encoder_learning_rate is for an encoder that learns, and this one is frozen: set "
+                "model.encoder_learning_rate to null, or the encoder's learns to true or to the name of a part."
+            )
+        embeddings = {id(module.weight) for module in self.captioner.modules() if isinstance(module, nn.Embedding)}
+        own = self.captioner.encoder.parameters() if self.encoder_learning_rate is not None else ()
+        apart = {id(parameter) for parameter in own}
+        groups = []
+        for rate, is_apart in ((self.learning_rate, False), (self.encoder_learning_rate, True)):
+            learning = [p for p in self.parameters() if p.requires_grad and (id(p) in apart) is is_apart]
+            decays = [p for p in learning if p.dim() > 1 and id(p) not in embeddings]
+            stays = [p for p in learning if p.dim() <= 1 or id(p) in embeddings]
+            groups.append({"params": decays, "lr": rate, "weight_decay": self.weight_decay})
+            groups.append({"params": stays, "lr": rate, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, in bfloat16 too, where Lightning refuses a fused optimiser although nothing is scaled."""
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the captioner under its own key, complete and free of code."""
@@ -304,7 +374,7 @@ class CaptioningTask(LightningModule):
         ------
         InputError
             Where the file's vocabulary is not that of the training captions, its weights are another model's, or it
-            holds no state of the optimiser to go on from.
+            holds no state of the optimiser to go on from, or one that trained other parts.
         """
         contents = unpack(checkpoint, "The file of --ckpt_path")
         vocabulary = Vocabulary(contents.words)
@@ -322,17 +392,19 @@ class CaptioningTask(LightningModule):
         else:
             self._build(vocabulary)
         self.scores = dict(contents.scores)
-        wanted = self.captioner.state_dict()
-        wrong = [
-            name
-            for name in wanted.keys() | contents.tensors.keys()
-            if name not in wanted or name not in contents.tensors or wanted[name].shape != contents.tensors[name].shape
-        ]
-        if wrong:
+        if wrong := _differing(self.captioner.state_dict(), contents.tensors):
             raise InputError(
                 f"The checkpoint's weights are another model's ({len(wrong)} tensors differ, {min(wrong)} among them): "
                 "give the configuration that it was trained with."
             )
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            trained = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+            if trained != [len(group["params"]) for group in self._groups()]:
+                raise InputError(
+                    "The checkpoint's optimiser has trained other parts than are to learn here: go on with the "
+                    "encoder's learns, the encoder_learning_rate and the word_presence that it was trained with."
+                )
+        self._starts = False
         # A head that serves training only may be in the file and not here, or the other way round.
         own, stored = self.state_dict(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: stored.get(name, tensor) for name, tensor in own.items()}
@@ -341,9 +413,18 @@ class CaptioningTask(LightningModule):
 def _in_words(encoder: Encoder, precision: str) -> str:
     """Return an encoder's settings for people, such as "ResNet, depth 50, stage 4, crop 224, 32-true"."""
     name = encoder.module_name if isinstance(encoder, ForeignEncoder) else type(encoder).__name__
-    unsaid = ("class", "preprocessing", "learns")
+    unsaid = ("class", "preprocessing", "learns", "recompute")
     words = [f"{key} {value}" for key, value in describe(encoder).items() if key not in unsaid and value is not None]
     return ", ".join([name, *words, f"{encoder.preprocessing.fit} {encoder.preprocessing.size}", precision])
+
+
+def _differing(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that only one of two models has, or in another shape."""
+    return [
+        name
+        for name in wanted.keys() | found.keys()
+        if name not in wanted or name not in found or wanted[name].shape != found[name].shape
+    ]
 
 
 def _source(module: nn.Module) -> str:

@@ -141,7 +141,8 @@ def test_what_fit_wrote_holds_words_scores_and_preprocessing(run, best):
     assert contents.words == list(run.datamodule.vocabulary.words)
     reached = run.trainer.checkpoint_callback.best_model_score.item()
     assert contents.scores["CIDEr-D"] == pytest.approx(reached, rel=1e-5)
-    assert contents.settings["encoder"] == {"class": "SmallCNN", "size": 32, "region": 8, "width": 4}
+    described = {"class": "SmallCNN", "size": 32, "region": 8, "width": 4, "recompute": False}
+    assert contents.settings["encoder"] == described
     assert json.loads(json.dumps(contents.settings)) == contents.settings
 
 

@@ -117,6 +117,68 @@ def test_what_is_kept_in_memory_is_read_once(files):
     assert torch.equal(torch.cat([batch.images for batch in data.val_dataloader()]), before)
 
 
+@pytest.fixture
+def gradients(files):
+    """The same files, every pixel of its own value."""
+    rows = torch.arange(60, dtype=torch.uint8)
+    for number, record in enumerate(files.images):
+        image = torch.stack([rows[:, None].expand(60, 60), rows.expand(60, 60), torch.full((60, 60), number)])
+        Image.fromarray(image.byte().permute(1, 2, 0).numpy()).save(record.path)
+    return files
+
+
+def parts(data, name="train"):
+    """Each image's pixels by name, over an epoch."""
+    loader = getattr(data, f"{name}_dataloader")()
+    return {
+        image_id: pixels for batch in loader for image_id, pixels in zip(batch.image_ids, batch.images, strict=True)
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crop_is_another_part_each_time_and_the_same_in_a_run_repeated(gradients, workers):
+    def run():
+        torch.manual_seed(5)
+        data = ready(gradients, crop=0.3, num_workers=workers)
+        return parts(data), parts(data)
+
+    (first, second), (again, _) = run(), run()
+    assert all(torch.equal(pixels, again[image_id]) for image_id, pixels in first.items())
+    assert not any(torch.equal(pixels, second[image_id]) for image_id, pixels in first.items())
+    sides = {
+        tuple((pixels[:2].amax((1, 2)).int() - pixels[:2].amin((1, 2)).int()).tolist()) for pixels in first.values()
+    }
+    assert len(sides) == 7  # every image another part
+    for number in range(7):
+        pixels = first[f"image {number}"]
+        assert pixels.shape == (3, 16, 16) and (pixels[2] == number).all()
+
+
+def test_only_training_images_are_cropped_and_only_where_it_is_asked_for(gradients):
+    data = ready(gradients, crop=0.3)
+    wanted = {record.image_id: SQUASH.pixels(Image.open(record.path)) for record in gradients.images}
+    for found in (parts(data, "val"), dict(zip(wanted, torch.cat(list(data.images("train"))), strict=True))):
+        assert all(torch.equal(found[image_id], pixels) for image_id, pixels in wanted.items())
+    whole = parts(ready(gradients))
+    assert all(torch.equal(whole[image_id], pixels) for image_id, pixels in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"crop": 0.0}, "data.crop is 0.0"),
+        ({"crop": 1.5}, "data.crop is 1.5"),
+        ({"crop": float("nan")}, "data.crop is nan"),
+        ({"crop": 0.8, "cache": "somewhere"}, "data.crop to 1"),
+        ({"crop": 0.8, "keep_in_memory": True}, "data.crop to 1"),
+    ],
+)
+def test_a_crop_that_cannot_be_is_one_sentence(files, settings, said):
+    with pytest.raises(InputError, match=said) as error:
+        ready(files, **settings)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
 def test_the_vocabulary_is_that_of_the_training_captions(files):
     assert set(ready(files).vocabulary.words) == {"dog", "runs", "one", "two", "three", "four"}
     data = ready(files, minimum_count=4)

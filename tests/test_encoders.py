@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from captioner.attention import Annotations
-from captioner.encoders import VGG16, ForeignEncoder, ResNet, SmallCNN
+from captioner.encoders import VGG16, ForeignEncoder, ResNet, SmallCNN, TorchvisionEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 from captioner.model import describe, rebuild
@@ -233,6 +233,183 @@ def test_an_encoder_from_scratch_can_be_frozen():
     assert not ResNet(depth=18, stage=1, learns=False).train().training
 
 
+# Learning from a part on
+
+
+class Deep(nn.Module):
+    """Parts within parts, with weights at every level."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2, 1), nn.Dropout(0.5))
+        self.head = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(self.scale * x)))
+
+
+def learning(encoder):
+    """The names of the modules whose own weights learn, without what every name begins with."""
+    names = {name.rpartition(".")[0] for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    return {name.partition(".")[2] for name in names}
+
+
+def step(encoder, pictures):
+    """One step of training, and the names of all tensors that it changed."""
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(pictures).values.square().mean().backward()
+    torch.optim.SGD([parameter for parameter in encoder.parameters() if parameter.requires_grad], lr=0.1).step()
+    return {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("part", ["conv1", "layer2", "layer2.1", "layer3.0.conv2"])
+def test_a_pretrained_encoder_learns_from_a_part_on_and_nothing_before_it(part, resnet18_file):
+    encoder = ResNet(depth=18, stage=3, weights=resnet18_file, learns=part)
+    encoder.load_weights()
+    encoder.train()
+    weights = [name for name, _ in encoder.named_parameters()]
+    first = next(place for place, name in enumerate(weights) if name.startswith(f"body.{part}."))
+    wanted = {name for name in weights[first:] if "bn" not in name and "downsample.1" not in name}
+    assert learning(encoder) == {name.removeprefix("body.").removesuffix(".weight") for name in wanted}
+    assert step(encoder, images()) == wanted  # no statistics of batch norm among them
+    assert {name for name, parameter in encoder.named_parameters() if parameter.grad is not None} == wanted
+
+
+def test_what_is_frozen_stays_in_evaluation_mode_and_so_does_batch_norm(resnet18_file):
+    encoder = nn.Sequential(ResNet(depth=18, stage=2, weights=resnet18_file, learns="layer2")).train()[0]
+    training = {name for name, module in encoder.body.named_modules() if module.training}
+    assert training == {name for name, _ in encoder.body.named_modules() if name.startswith("layer2")} - {
+        name for name, module in encoder.body.named_modules() if isinstance(module, nn.BatchNorm2d)
+    }
+    assert not any(module.training for module in encoder.eval().modules())
+
+
+def test_batch_norm_of_pretrained_weights_is_frozen_and_from_scratch_it_learns(resnet18_file):
+    pretrained = ResNet(depth=18, stage=1, weights=resnet18_file, learns=True)
+    pretrained.load_weights()
+    changed = step(pretrained.train(), images())
+    assert changed == {name for name in pretrained.state_dict() if "conv" in name}
+    scratch = ResNet(depth=18, stage=1).train()
+    assert step(scratch, images()) == set(scratch.state_dict())
+    part = ResNet(depth=18, stage=1, learns="layer1").train()
+    assert step(part, images()) == {name for name in changed if "layer1" in name}
+
+
+def test_a_part_of_a_foreign_module_learns():
+    encoder = ForeignEncoder(Deep(), learns="blocks.2", preprocessing=Preprocessing("squash", 16)).train()
+    wanted = {f"module.{name}.{kind}" for name in ("blocks.2", "head.0") for kind in ("weight", "bias")}
+    assert step(encoder, images()) == wanted
+    assert encoder.module.blocks[3].training and not encoder.module.head[1].training
+    changed = step(ForeignEncoder(Deep(), learns=True).train(), images())
+    assert changed > {"module.stem.0.weight", "module.stem.1.running_mean", "module.head.1.weight"}
+
+
+def test_the_numbers_of_vgg16_are_names():
+    with torch.device("meta"):
+        assert learning(VGG16(learns="24")) == {"24", "26", "28"}
+
+
+@pytest.mark.parametrize(
+    ("build", "part", "said"),
+    [
+        (lambda part: ResNet(depth=18, stage=2, learns=part), "layer3", "conv1, layer1, layer2, true or false"),
+        (lambda part: ResNet(depth=18, stage=2, learns=part), "relu", "conv1, layer1, layer2, true or false"),
+        (lambda part: ResNet(depth=18, stage=2, learns=part), "", "conv1, layer1, layer2, true or false"),
+        (lambda part: ResNet(depth=18, stage=2, learns=part), "layer2.2", "layer2.0, layer2.1, true or false"),
+        (lambda part: VGG16(learns=part), "29", "0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, true or false"),
+        (lambda part: ForeignEncoder(Deep(), learns=part), "stem.0.more", "stem.0, true or false"),
+        (lambda part: ForeignEncoder(Tokens(), learns=part), "head", "learns to true or false"),
+    ],
+)
+def test_a_wrong_part_names_the_right_ones(build, part, said):
+    with torch.device("meta"), pytest.raises(InputError) as error:
+        build(part)
+    message = one_sentence(error)
+    assert repr(part) in message and said in message
+
+
+def saved(run):
+    """The bytes that a forward pass keeps for the backward one, each tensor once."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    return sum(kept.values()), result
+
+
+def test_nothing_is_kept_of_the_frozen_part(resnet18_file):
+    encoder = ResNet(depth=18, stage=3, weights=resnet18_file, learns="layer3").train()
+    with torch.no_grad():
+        before = encoder.body[:6](images())
+    alone, _ = saved(lambda: encoder.body[6:](before))
+    whole, _ = saved(lambda: encoder(images()))
+    assert whole == alone > 0
+
+
+@pytest.mark.parametrize("learns", [False, True, "layer2"])
+def test_the_weights_that_learn_lie_as_the_images_do(learns, resnet18):
+    encoder = ResNet(depth=18, stage=2, learns=learns)
+    weights = [parameter for parameter in encoder.parameters() if parameter.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights) == bool(learns)
+    names = encoder.body.state_dict()
+    encoder.body.load_state_dict({name: value for name, value in resnet18.state_dict().items() if name in names})
+    again = ResNet(depth=18, stage=2, learns=not learns)
+    again.load_state_dict(encoder.state_dict())
+    # The layout decides which convolution is run, and so the last digits.
+    torch.testing.assert_close(again.eval()(images()).values, encoder.eval()(images()).values, rtol=1e-4, atol=1e-4)
+
+
+# Computing again instead of keeping
+
+
+def like_vgg(learns, recompute=False):
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    body = nn.Sequential(*layers, nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
+    settings = {"weights": None, "grid": None, "preprocessing": None}
+    return TorchvisionEncoder("vgg16", body, 8, learns=learns, recompute=recompute, **settings)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **settings: ResNet(depth=18, stage=2, learns=True, **settings),
+        lambda **settings: ResNet(depth=18, stage=3, learns="layer2.1", **settings),
+        lambda **settings: like_vgg(learns=True, **settings),
+        lambda **settings: like_vgg(learns="2", **settings),
+        lambda **settings: SmallCNN(size=64, width=4, **settings),
+        lambda **settings: ForeignEncoder(Deep(), learns=True, **settings),
+    ],
+    ids=["ResNet", "ResNet from a part on", "VGG", "VGG from a part on", "SmallCNN", "foreign, with dropout"],
+)
+def test_computing_again_keeps_less_and_changes_nothing(build):
+    plain, again = build().train(), build(recompute=True).train()
+    again.load_state_dict(plain.state_dict())
+    kept, values = {}, {}
+    for encoder in (plain, again):
+        torch.manual_seed(3)
+        kept[encoder], annotations = saved(lambda encoder=encoder: encoder(images()))
+        values[encoder] = annotations.values
+        annotations.values.square().mean().backward()
+    assert kept[again] < 0.7 * kept[plain]
+    assert torch.equal(values[again], values[plain])
+    for (name, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert one.grad is None if other.grad is None else torch.equal(one.grad, other.grad), name
+    for (name, one), other in zip(plain.named_buffers(), again.buffers(), strict=True):
+        assert torch.equal(one, other), name  # batch norm has counted the images once
+
+
+def test_without_gradients_nothing_is_computed_again():
+    encoder = ForeignEncoder(Deep(), learns=True, recompute=True).train()
+    with torch.no_grad():
+        assert saved(lambda: encoder(images()))[0] == 0
+
+
 # Foreign
 
 
@@ -304,6 +481,9 @@ def test_measuring_leaves_batch_norm_untouched(learns):
         lambda: ResNet(depth=34, stage=2, grid=3, preprocessing=Preprocessing("squash", 64)),
         lambda: ResNet(depth=50, stage=1, weights="IMAGENET1K_V2", learns=True),
         lambda: VGG16(grid=7),
+        lambda: VGG16(learns="24"),
+        lambda: ResNet(depth=18, stage=2, learns="layer2", recompute=True),
+        lambda: SmallCNN(size=64, width=8, recompute=True),
     ],
 )
 def test_settings_rebuild_the_same_encoder(build):

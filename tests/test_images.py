@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, ResNet50_Weights
-from torchvision.transforms import functional
+from torchvision.transforms import RandomResizedCrop, functional
 
 from captioner.errors import InputError
-from captioner.images import SUFFIXES, Preprocessing, find_images, read_image
+from captioner.images import SUFFIXES, Preprocessing, find_images, random_box, read_image
 
 FITS = [Preprocessing("crop", 224, 256), Preprocessing("crop", 96), Preprocessing("squash", 128)]
 SHAPES = [(300, 200), (200, 300), (97, 64), (64, 97), (641, 480), (224, 224), (50, 1000)]
@@ -278,3 +278,41 @@ def test_preprocessing_survives_json():
 def test_numbers_that_do_not_fit_are_an_error(wrong):
     with pytest.raises(InputError):
         Preprocessing(**wrong)
+
+
+# Random parts
+
+
+@pytest.mark.parametrize("fit", FITS, ids=lambda fit: f"{fit.fit} {fit.size}")
+def test_a_part_is_what_torchvision_cuts_out_and_resizes(fit):
+    image = noise(320, 240)
+    left, top, right, bottom = 31, 20, 281, 220
+    found = fit.pixels(image, (left, top, right, bottom)).int()
+    size = [fit.size, fit.size]
+    wanted = functional.resized_crop(image, top, left, bottom - top, right - left, size)
+    difference = (found - functional.pil_to_tensor(wanted).int()).abs()
+    assert difference[:, 4:-4, 4:-4].max() <= 1  # at its edges, pillow looks a pixel beyond the part
+    assert fit.pixels(image, (0, 0, 320, 240)).shape == found.shape
+
+
+def test_random_parts_are_spread_as_torchvisions_are():
+    width, height, least = 300, 200, 0.4
+    boxes = [random_box(width, height, least, seed) for seed in range(3000)]
+    ours = torch.tensor([[left, top, right - left, bottom - top] for left, top, right, bottom in boxes]).float()
+    torch.manual_seed(0)
+    blank = Image.new("RGB", (width, height))
+    drawn = [RandomResizedCrop.get_params(blank, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    theirs = torch.tensor([[left, top, wide, high] for top, left, high, wide in drawn]).float()
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert torch.allclose(ours.quantile(share, dim=0), theirs.quantile(share, dim=0), atol=6)
+    area, proportion = ours[:, 2] * ours[:, 3] / (width * height), ours[:, 2] / ours[:, 3]
+    assert area.min() > 0.98 * least and proportion.min() > 0.73 and proportion.max() < 1.36
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 900), (900, 2), (30, 20), (20, 30)])
+@pytest.mark.parametrize("least", [0.05, 0.8, 0.9999])
+def test_a_random_part_lies_within_the_image(width, height, least):
+    for seed in range(50):
+        left, top, right, bottom = random_box(width, height, least, seed)
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        assert random_box(width, height, least, seed) == (left, top, right, bottom)
