@@ -138,8 +138,11 @@ class _Turn(NamedTuple):
     gate: Tensor | None
 
 
+ROWS = 8  # those of a step under teacher forcing are a multiple of it
+
+
 class _Plan:
-    """Which captions take which step under teacher forcing: one that has ended takes none.
+    """Which captions take which step under teacher forcing: few that have ended do.
 
     Captions are sorted by their length, so that those that take a step are the first rows of a state. Packed are the
     rows of all steps, P of them, step by step. Attention is asked image by image, so that a memory is cut and never
@@ -174,13 +177,14 @@ class _Plan:
         captions = (captions + queries * torch.arange(images)[:, None])[self._images].flatten()
         longest_first = lengths.flatten().argsort(descending=True)
         self._captions = captions[longest_first]
+        # A kernel is made anew for every number of rows, so there are few: some captions take a step behind their end.
+        takes = (lengths > torch.arange(int(lengths[0, 0]))[:, None, None]).sum((1, 2))  # (T,)
+        self._counts = (-(-takes // ROWS) * ROWS).clamp(max=images * queries).tolist()
         image, query = longest_first // queries, longest_first % queries
-        takes = lengths > torch.arange(int(lengths[0, 0]))[:, None, None]  # (T, B, Q)
-        self._counts = takes.sum((1, 2)).tolist()
-        most = zip(takes.any(2).sum(1).tolist(), takes.any(1).sum(1).tolist(), strict=True)
+        most = (torch.stack((image, query), 1).cummax(0).values + 1).tolist()
         self.blocks = [
             Block(rows, columns, image[:count] * columns + query[:count])
-            for count, (rows, columns) in zip(self._counts, most, strict=True)
+            for count, (rows, columns) in ((count, most[count - 1]) for count in self._counts)
         ]
         self._places = torch.cat([self._captions[:count] * words + t for t, count in enumerate(self._counts)])
 
@@ -415,9 +419,11 @@ class LSTMDecoder(RecurrentDecoder):
         gates = linear(self.state_to_gates)(recurrent)  # eq. 1
         if word_gates is not None:
             gates = gates + word_gates
-        i, f, o, g = gates.chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
-        return torch.sigmoid(o) * torch.tanh(c), c  # eq. 3
+        # The gates that share a function stand side by side.
+        ifo, g = gates.tensor_split((3 * self.hidden_dim,), -1)
+        i, f, o = torch.sigmoid(ifo).chunk(3, -1)
+        c = f * c + i * torch.tanh(g)  # eq. 2
+        return o * torch.tanh(c), c  # eq. 3
 
     def _output(self, words: Tensor, spoken: Tensor, contexts: Tensor) -> Tensor:
         """Return what L_o of eq. 7 is applied to; the tanh is the authors' code's, not the equation's."""
