@@ -198,7 +198,8 @@ class _Plan:
 
     def cut(self, state: State, t: int) -> State:
         """Return the rows of a state before step t that go on."""
-        return tuple(part[: self._counts[t]] for part in state)
+        goes_on = self._counts[t]
+        return state if goes_on == len(state[0]) else tuple(part[:goes_on] for part in state)
 
     def pack(self, values: Tensor) -> Tensor:
         """Return the (P, ...) rows of (B * Q, T, ...) that take their step."""

@@ -9,7 +9,7 @@ additive attention, give the same values and, but for rounding, the same gradien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LIMIT = 40.0
+CACHED_BYTES = 3 * 2**20  # of scores at a time: faster than all at once, and than less
 
 
 class Block(NamedTuple):
@@ -222,12 +223,20 @@ class _AdditiveTurns(_Turns):
         self.weights: list[Tensor] = []
         self.contexts_gradients: list[Tensor] = []
 
-    def meet(self, queries: Tensor) -> Tensor:
-        """Return u of a turn's exponentials (b, q, A) and the keys, in memory that all turns write over."""
-        shape = (*queries.shape[:2], *self.keys.shape[1:])
-        if self._room.numel() < math.prod(shape):
-            self._room = queries.new_empty(math.prod(shape))
-        return meet(queries, self.keys[: len(queries)], self._room[: math.prod(shape)].view(shape))
+    def meet(self, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Give u of a turn's exponentials (b, q, A) and the keys: some images, and their (some, q, N, A).
+
+        All are written to the same small memory, which stays in a processor's cache.
+        """
+        shape = queries.size(1), *self.keys.shape[1:]
+        one = math.prod(shape)
+        some = min(max(1, CACHED_BYTES // (one * queries.element_size())), len(queries))
+        if self._room.numel() < some * one:
+            self._room = queries.new_empty(some * one)
+        for first in range(0, len(queries), some):
+            images = slice(first, min(first + some, len(queries)))
+            asked = queries[images]
+            yield images, meet(asked, self.keys[images], self._room[: len(asked) * one].view(len(asked), *shape))
 
 
 class _AdditiveTurn(torch.autograd.Function):
@@ -239,7 +248,9 @@ class _AdditiveTurn(torch.autograd.Function):
         ctx.dtype = queries.dtype
         with torch.autocast("cpu", enabled=False):
             queries = block.fill(exponential(queries.to(turns.exact)))
-            scores = _dot(turns.meet(queries), turns.score)
+            scores = queries.new_empty(*queries.shape[:2], turns.keys.size(1))
+            for images, met in turns.meet(queries):
+                torch.mv(met.flatten(0, -2), turns.score, out=scores[images].view(-1))
             if turns.missing is not None:
                 scores.masked_fill_(turns.missing[: block.images, None], -torch.inf)
             weights = scores.softmax(-1)
@@ -266,17 +277,18 @@ class _AdditiveTurn(torch.autograd.Function):
             turns.contexts_gradients.append(contexts_gradient)
         # Through the softmax to the scores -2 v^T u, and through u, whose derivative is -2 u (1 - u).
         gradient = weights * (gradient - (weights * gradient).sum(-1, keepdim=True))
-        met = turns.meet(queries)
-        one_query = gradient.flatten(0, 1)[:, None]  # (b * q, 1, N)
-        score_gradient = torch.bmm(one_query, met.flatten(0, 1)).sum((0, 1))
-        slope = met.addcmul_(met, met, value=-1)
         if not turns.keys_gradient.dim():
             turns.keys_gradient, turns.score_gradient = torch.zeros_like(turns.keys), torch.zeros_like(turns.score)
-        turns.score_gradient += score_gradient
-        keys_gradient = turns.keys_gradient[: block.images]
-        for query in range(block.queries):
-            keys_gradient.addcmul_(slope[:, query], gradient[:, query, :, None])
-        queries_gradient = torch.bmm(one_query, slope.flatten(0, 1)).view_as(queries) * (-2 * turns.score)
+        queries_gradient = torch.empty_like(queries)
+        for images, met in turns.meet(queries):
+            one_query = gradient[images].flatten(0, 1)[:, None]  # (b * q, 1, N)
+            turns.score_gradient += torch.bmm(one_query, met.flatten(0, 1)).sum((0, 1))
+            slope = met.addcmul_(met, met, value=-1)
+            keys_gradient = turns.keys_gradient[images]
+            for query in range(block.queries):
+                keys_gradient.addcmul_(slope[:, query], gradient[images, query, :, None])
+            queries_gradient[images] = torch.bmm(one_query, slope.flatten(0, 1)).view(-1, block.queries, slope.size(-1))
+        queries_gradient *= -2 * turns.score
         return block.take(queries_gradient).to(ctx.dtype), gradient.new_zeros(()), None, None, None
 
 

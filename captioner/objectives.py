@@ -82,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
     writes and reads the whole matrix in float32 several times instead.
     """
 
-    rows = 64
+    rows = 128
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

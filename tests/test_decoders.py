@@ -20,6 +20,7 @@ from variants import (
     watch,
 )
 
+from captioner import decoders
 from captioner.attention import Additive, General, NoAttention, Uniform
 from captioner.decoders import CausalSelfAttention, GRUDecoder, LSTMDecoder, TransformerDecoder, sinusoidal_positions
 from captioner.errors import InputError
@@ -63,9 +64,13 @@ def test_forward_equals_step_word_by_word(name):
         assert same(whole, stepped)
 
 
-@pytest.mark.parametrize("lengths", [[[4, 1], [2, 3], [4, 4]], [[1, 2], [0, 0], [0, 2]], [[0, 0], [0, 0], [0, 0]]])
+@pytest.mark.parametrize(
+    "multiple, lengths",
+    [(1, [[4, 1], [2, 3], [4, 4]]), (2, [[1, 2], [0, 0], [0, 2]]), (8, [[0, 0], [0, 0], [0, 0]])],
+)
 @every_decoder
-def test_steps_behind_a_captions_end_change_nothing_before_it(name, lengths):
+def test_steps_behind_a_captions_end_change_nothing_before_it(name, multiple, lengths, monkeypatch):
+    monkeypatch.setattr(decoders, "ROWS", multiple)
     decoder = decoder_of(name)
     memory = decoder.memory(some_annotations(B, mask=MASK))
     whole, cut = decoder(some_words(), memory), decoder(some_words(), memory, lengths=torch.tensor(lengths))
@@ -77,14 +82,16 @@ def test_steps_behind_a_captions_end_change_nothing_before_it(name, lengths):
         assert one is None or (one.shape == other.shape and same(one[spoken], other[spoken]))
 
 
-def test_a_caption_that_has_ended_takes_no_step():
+@pytest.mark.parametrize("multiple, wanted", [(1, [6, 3, 1, 1]), (2, [6, 4, 2, 2]), (4, [6, 4, 4, 4]), (8, [6] * 4)])
+def test_a_caption_that_has_ended_takes_no_step(multiple, wanted, monkeypatch):
+    monkeypatch.setattr(decoders, "ROWS", multiple)
     decoder = LSTMDecoder(E, D).double()
     rows = []
     decoder.state_to_gates.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     lengths = torch.tensor([[1, 4], [2, 2], [0, 1]])
     with torch.no_grad():
         decoder(some_words(), decoder.memory(some_annotations(B)), lengths=lengths)
-    assert rows == [6, 3, 1, 1]  # an empty caption takes a first step
+    assert rows == wanted  # an empty caption takes a first step
 
 
 @every_decoder
