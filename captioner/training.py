@@ -118,6 +118,9 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit" and checkpoints.dirpath is None and resumed:
             # Where the run goes on: in a folder of its own Lightning would forget the best score reached before.
             checkpoints.dirpath = str(Path(resumed).parent)
+        if self._get(self.config_init, "trainer.logger") is False:  # to which no rate can be logged
+            callbacks = self.trainer_defaults["callbacks"]
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 
+from captioner import loops
 from captioner.annotation_files import COCOCaptions
+from captioner.attention import Additive, Attention
 from captioner.checkpoint import read
 from captioner.decoders import LSTMDecoder
 from captioner.encoders import SmallCNN
@@ -126,3 +128,42 @@ def test_what_learns_is_read(feed_previous, tie_weights):
     task = CaptioningTask(SmallCNN(size=32, width=2), decoder=decoder, embedding_dim=8, tie_weights=tie_weights)
     task._build(Vocabulary(["ball"]))
     assert task.captioner.embedding.weight.requires_grad == (feed_previous or tie_weights)
+
+
+FROZEN = ("captioner.encoders.ResNet", "--model.encoder.depth", "18", "--model.encoder.stage", "1")
+FROZEN += ("--model.encoder.learns", "false", "--model.encoder.preprocessing.size", "32")
+
+
+@pytest.fixture(scope="module")
+def losses_of(fit):
+    """The losses of nine steps with a frozen encoder, which starts the same each time."""
+
+    def losses(*flags):
+        cli = fit("--model.encoder", *FROZEN, "--trainer.max_epochs", "3", *flags)
+        return [float(line["train/loss"]) for line in rows(cli) if line["train/loss"]]
+
+    return losses
+
+
+@pytest.fixture(scope="module")
+def losses(losses_of):
+    found = losses_of()
+    assert len(found) == 9 and found[-1] < 0.9 * found[0]
+    return found
+
+
+def test_the_losses_on_cached_annotations_are_those_on_images(losses, losses_of, tmp_path):
+    assert losses_of("--data.cache", str(tmp_path)) == pytest.approx(losses, rel=1e-3)  # kept in float16
+
+
+def test_the_losses_in_bfloat16_are_close_to_those_in_float32(losses, losses_of):
+    rounded = losses_of("--trainer.precision", "bf16-mixed")
+    assert rounded == pytest.approx(losses, rel=1e-2) and rounded != losses
+
+
+def test_the_losses_are_those_of_the_plain_path(losses, losses_of, monkeypatch):
+    """No rows dropped, nothing shared between turns, padding scored and then ignored: equation by equation."""
+    monkeypatch.setattr(Captioner, "score_words", Captioner.forward)
+    monkeypatch.setattr(Additive, "looks", Attention.looks)
+    monkeypatch.setattr(loops, "linear", lambda layer: layer)
+    assert losses_of() == pytest.approx(losses, rel=1e-4)

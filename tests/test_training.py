@@ -79,6 +79,10 @@ def test_a_trial_and_a_run_without_validation_end_well(recipe, tmp_path):
 # Going on
 
 
+def test_a_run_needs_no_logger(fit):
+    assert fit("--trainer.logger", "false").trainer.global_step == 3
+
+
 def test_resuming_goes_on_where_it_ended(fit):
     cut = fit("--trainer.max_epochs", "1")
     last = cut.trainer.checkpoint_callback.last_model_path
