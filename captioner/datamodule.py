@@ -218,10 +218,10 @@ class CaptionData(LightningDataModule):
         Keep the images in memory after the first reading, for small ones.
     flip : bool
         Show each training image mirrored with probability one half, with "left" and "right" exchanged in its captions,
-        which is for English ones; writing in an image is mirrored, too. The two words are then counted equally.
+        which is for English ones; writing in an image is mirrored, too.
     crop : float
-        Smallest share of its area that a random part of a training image keeps, drawn anew each time, for an encoder
-        that learns; 1 means none.
+        Smallest share of its area that a random part of a training image keeps, drawn anew each time, with proportions
+        from 3:4 to 4:3 of which the preprocessing makes a square; for an encoder that learns. 1 means none.
 
     Raises
     ------
@@ -278,10 +278,10 @@ class CaptionData(LightningDataModule):
                 self.records[name] = self.files.read(self.splits[name])
         if stage == "fit" and self.vocabulary is None:
             self._tokens = [[tokenize(caption) for caption in record.captions] for record in self.records["train"]]
-            captions = [tokens for image in self._tokens for tokens in image]
-            if self.flip:  # both views of a caption count, so that a word of both counts twice
-                captions += [mirror(tokens) for tokens in captions]
-            self.vocabulary = Vocabulary.from_captions(captions, self.minimum_count * (2 if self.flip else 1))
+            # Of the captions as they are, mirrored or not: a run with mirrored images can go on from one without.
+            self.vocabulary = Vocabulary.from_captions(
+                (tokens for image in self._tokens for tokens in image), self.minimum_count
+            )
             if not self.vocabulary.words:
                 raise InputError(
                     f"No word occurs {self.minimum_count} times in the captions of the split "

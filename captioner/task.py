@@ -168,6 +168,11 @@ class CaptioningTask(LightningModule):
                     "encoder's learns to true."
                 )
             self.presence = WordPresence(self._encoder[0].annotation_dim, len(vocabulary))
+        if self.encoder_learning_rate is not None and not self._encoder[0].learns:
+            raise InputError(
+                "encoder_learning_rate is for an encoder that learns, and this one is frozen: set "
+                "model.encoder_learning_rate to null, or the encoder's learns to true or to the name of a part."
+            )
 
     def on_fit_start(self) -> None:
         """Let each process draw dropout and captions of its own: Lightning gives the same seed to all."""
@@ -331,11 +336,6 @@ class CaptioningTask(LightningModule):
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return what learns: matrices, which decay, and the rest; the encoder's apart if it has a rate of its own."""
-        if self.encoder_learning_rate is not None and not self.captioner.encoder.learns:
-            raise InputError(
-                "encoder_learning_rate is for an encoder that learns, and this one is frozen: set "
-                "model.encoder_learning_rate to null, or the encoder's learns to true or to the name of a part."
-            )
         embeddings = {id(module.weight) for module in self.captioner.modules() if isinstance(module, nn.Embedding)}
         own = self.captioner.encoder.parameters() if self.encoder_learning_rate is not None else ()
         apart = {id(parameter) for parameter in own}

@@ -279,9 +279,9 @@ def _run(
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # neither is loaded for this
             raise
+        said = " ".join(str(error).partition("Set TORCH")[0].split()).rstrip(".")
         raise InputError(
-            f"The decoder could not be compiled ({' '.join(str(error).split())[:200]}): install a C++ compiler, or set "
-            "model.compile to false."
+            f"The decoder could not be compiled ({said}): install a C++ compiler, or set model.compile to false."
         ) from error
 
 
