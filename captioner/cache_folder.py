@@ -77,12 +77,16 @@ class Index:
     def __post_init__(self) -> None:
         numbers = (self.images, self.done, self.regions, self.size)
         texts = (self.fingerprint, self.dataset, self.split, self.encoder, self.view, self.made)
-        if not all(type(number) is int for number in numbers) or not 0 <= self.done <= self.images:
+        if not all(type(number) is int and number >= 0 for number in numbers) or self.done > self.images:
             raise ValueError("These numbers are no index's.")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("These texts are no index's.")
         if self.grid is not None:
             height, width = self.grid  # JSON hands over a list
+            if not all(type(side) is int and side > 0 for side in (height, width)):
+                raise ValueError("These sides are no grid's.")
+            if self.regions and height * width != self.regions:
+                raise ValueError("These regions are no such grid.")
             object.__setattr__(self, "grid", (height, width))
 
     @property
@@ -154,6 +158,8 @@ class CacheFolder:
             fields = json.loads(text)
             if (number := fields.pop("format", 1)) == FORMAT:
                 return Index(**fields)
+            if type(number) is not int:
+                raise TypeError("A format is a number.")
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise self._fault("has a damaged index") from None
         raise self._fault(f"is of the format {number}, not {FORMAT}")

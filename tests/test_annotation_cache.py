@@ -128,6 +128,9 @@ DAMAGES = {
     "index no JSON object": "damaged index",
     "index of other numbers": "damaged index",
     "index without words": "damaged index",
+    "index of a grid of other regions": "damaged index",
+    "index of half regions": "damaged index",
+    "index of a format that is no number": "damaged index",
     "index missing": "values without an index",
     "values missing": "damaged values",
     "values cut": "damaged values",
@@ -156,6 +159,12 @@ def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp
         index.write_text(json.dumps(fields | {"done": "5"}))
     elif damage == "index without words":
         index.write_text(json.dumps(fields | {"encoder": 5}))
+    elif damage == "index of a grid of other regions":
+        index.write_text(json.dumps(fields | {"grid": [2, 3]}))
+    elif damage == "index of half regions":
+        index.write_text(json.dumps(fields | {"grid": [8, 0.5]}))
+    elif damage == "index of a format that is no number":
+        index.write_text(json.dumps(fields | {"format": []}))
     elif damage == "index missing":
         index.unlink()
     elif damage == "values missing":
