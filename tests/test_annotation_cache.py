@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from captioner import annotation_cache, datamodule
+from captioner import annotation_cache, datamodule, task
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
 from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes
 from captioner.errors import InputError
 from captioner.images import Preprocessing
+from captioner.model import describe
 
 VALUES = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1))
 
@@ -501,6 +502,18 @@ def test_the_cnn_runs_once_per_image_and_not_at_all_in_the_second_run(fit, tmp_p
 
     assert images_seen(*cache, "--model.encoder.grid", "2")[0] == blank + 22 + 9
     assert images_seen(*cache, "--trainer.max_epochs", "1", "--data.num_workers", "1")[0] == blank
+
+
+def test_the_same_weights_from_another_file_are_found_and_listed_by_name(fit, tmp_path, monkeypatch):
+    seen = []
+    for weights in ("a.pt", "other/a.pt"):
+        described = {"weights": weights}
+        monkeypatch.setattr(task, "describe", lambda encoder, said=described: {**describe(encoder), **said})
+        Counting.seen = 0
+        fit(*FOREIGN, "--data.cache", str(tmp_path))
+        seen.append(Counting.seen)
+    assert seen == [1 + 22 + 9, 1]
+    assert all("weights a.pt" in CacheFolder(path).read().encoder for path in tmp_path.iterdir())
 
 
 def test_the_cache_holds_what_the_encoder_gives(fit, tmp_path):
