@@ -106,7 +106,8 @@ def test_the_list_says_what_each_cache_is(directory, capsys):
 
 def test_the_folder_is_that_of_the_recipes(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["cache", "list"]) == 2 and "no folder data/cache" in one_line(capsys)
+    for command in (["list"], ["clear", "a" * 16]):
+        assert main(["cache", *command]) == 2 and "no folder data/cache, which is assumed" in one_line(capsys)
     (tmp_path / "data" / "cache").mkdir(parents=True)
     assert main(["cache", "list"]) == 0 and capsys.readouterr().out == "There are no caches in data/cache.\n"
     (directory / ("a" * 16)).rename(tmp_path / "data" / "cache" / ("a" * 16))
