@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -246,21 +246,25 @@ class CacheFolder:
     @property
     def is_being_filled(self) -> bool:
         """Whether a process holds the lock."""
-        if not (self.path / "lock").exists():
-            return False
         try:
+            if not (self.path / "lock").exists():
+                return False
             with FileLock(self.path / "lock", timeout=0):
                 return False
         except Timeout:
             return True
-        except OSError:  # a lock that is not ours to take
+        except OSError:  # a lock that is not ours to take, or to see
             return False
 
     @property
     def disk_bytes(self) -> int:
         """What the files take of the disk: a file of which little is written takes little."""
-        status = [file.stat() for file in self.path.iterdir()]
-        return sum(512 * getattr(each, "st_blocks", (each.st_size + 511) // 512) for each in status)
+        total = 0
+        for file in self.path.iterdir():
+            with suppress(FileNotFoundError):  # whoever fills the cache renames files
+                status = file.stat()
+                total += 512 * getattr(status, "st_blocks", (status.st_size + 511) // 512)
+        return total
 
     def empty(self) -> None:
         """Delete what is there, but for the lock; to be called by who holds it."""
