@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,14 +77,31 @@ class AnnotationCache:
         for first in range(0, len(self), 1024):  # not a second copy of all in the memory of the host
             part = slice(first, first + 1024)
             cache._kept[part] = torch.from_numpy(np.array(self._values[part]))
+            self._check(cache._kept[part].sum(dtype=torch.float32))
         return cache
 
     def rows(self, indices: Sequence[int]) -> Annotations:
-        """Return the annotations of some of the images, float32."""
+        """Return the annotations of some of the images, float32.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged, so far as its values tell.
+        """
         if self._kept is not None:
             places = torch.tensor(indices, dtype=torch.long, device=self.device)
             return Annotations(self._kept[places].float(), grid=self._grid)
-        return Annotations(torch.from_numpy(self._values[list(indices)].astype(np.float32)), grid=self._grid)
+        values = torch.from_numpy(self._values[list(indices)].astype(np.float32))
+        self._check(values.sum())
+        return Annotations(values, grid=self._grid)
+
+    def _check(self, total: Tensor) -> None:
+        """See that values are finite by their float32 sum, which takes no memory and which float16 never exceeds."""
+        if not math.isfinite(total.item()):  # none such is ever written
+            raise InputError(
+                f"The cache {self.folder} is damaged, since it holds values that are not finite: delete it with "
+                f"`captioner cache clear {self.folder.parent} {self.folder.name}`, and the next run builds it anew."
+            )
 
     @classmethod
     def open(

@@ -204,6 +204,26 @@ def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp
     assert files_in(tmp_path) == {"values.npy", "index.json"}
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_rows_that_no_cache_holds_are_said_to_be_damaged(value, tmp_path):
+    cache = AnnotationCache.open(tmp_path, WANTED, Compute())
+    values = np.load(cache.folder / "values.npy", mmap_mode="r+")
+    values[3, 1, 2] = value
+    values[3, 1, 1] = -value  # which adds up to nothing that is finite, either
+    values.flush()
+    command = f"`captioner cache clear {tmp_path} {'a' * 16}`"
+    for read in (lambda: cache.rows([0, 3]), lambda: cache.to(torch.device("cpu"))):
+        with pytest.raises(InputError, match=re.escape(command)) as error:
+            read()
+        one_sentence(error)
+    assert torch.isfinite(cache.rows([0, 1, 2, 4]).values).all()
+
+
+def test_the_largest_values_that_a_cache_holds_are_not_taken_for_damaged(tmp_path):
+    cache = AnnotationCache.open(tmp_path, WANTED, Compute(torch.full((5, 4, 3), 65504.0)))
+    assert (cache.rows(range(5)).values == 65504).all() and len(cache.to(torch.device("cpu"))) == 5
+
+
 def test_a_run_that_uses_a_cache_keeps_it_while_another_builds_it_anew(tmp_path):
     used = AnnotationCache.open(tmp_path, WANTED, Compute())
     (tmp_path / ("a" * 16) / "index.json").unlink()
