@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -223,9 +224,11 @@ def _writing(folder: CacheFolder, index: Index) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room" if full else "see to its permissions and the disk, or delete that folder"
         raise InputError(
             f"The cache {folder.path} cannot be written ({error.strerror}) after {index.done:,} of {index.images:,} "
-            "images: make room or mend the disk, and the same command goes on from there."
+            f"images: {advice}, and the same command goes on."
         ) from error
 
 

@@ -293,7 +293,8 @@ class CacheFolder:
             ) from None
         except OSError as error:
             raise InputError(
-                f"The cache {self.path} cannot be deleted ({error.strerror}): see to its permissions."
+                f"The cache {self.path} cannot be deleted ({error.strerror}): see to its permissions, or delete it by "
+                "hand."
             ) from error
         return freed
 

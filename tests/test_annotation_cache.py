@@ -305,13 +305,25 @@ def test_a_disk_that_fills_up_is_said_and_what_was_done_stays(tmp_path, monkeypa
         return write(folder, index, values)
 
     monkeypatch.setattr(CacheFolder, "write", full)
-    with pytest.raises(InputError, match="No space left on device.* after 2 of 5 images") as error:
+    with pytest.raises(InputError, match="No space left on device.* after 2 of 5 images: make room,") as error:
         AnnotationCache.open(tmp_path, WANTED, Compute())
     one_sentence(error)
     monkeypatch.setattr(CacheFolder, "write", write)
     compute = Compute()
     holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
     assert compute.firsts == [2]
+
+
+@pytest.mark.parametrize("name", ["index.json", "values.npy"])
+def test_what_is_no_lack_of_room_is_not_said_to_be_one(name, tmp_path):
+    (tmp_path / ("a" * 16) / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="see to its permissions") as error:
+        AnnotationCache.open(tmp_path, WANTED, Compute())
+    one_sentence(error)
+    assert "make room" not in str(error.value)
+    with pytest.raises(InputError, match="see to its permissions, or delete it by hand") as error:
+        CacheFolder(tmp_path / ("a" * 16)).delete()
+    one_sentence(error)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
