@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -151,39 +152,65 @@ def _is_complete(folder: CacheFolder, wanted: Index) -> bool:
 
 
 def _fill(folder: CacheFolder, wanted: Index, compute: Callable[[int], Iterable[Annotations]]) -> None:
-    try:
-        begun = folder.read_for(wanted)
-    except CacheFault as fault:
-        say(str(fault))
-        begun = None
-    if begun is None:
-        with _writing(folder, wanted):
-            folder.empty()
-    index, announced, recorded = begun or wanted, False, time.monotonic()
-    with _progress() as progress:
-        bar = progress.add_task("Annotating", total=wanted.images, completed=index.done)
-        for batch in compute(index.done):
-            try:
-                values = _half(batch, index)
-            except InputError:  # the next run would come to the same end
-                folder.empty()
-                raise
-            if not announced:
-                if begun is None:
-                    index = replace(wanted, regions=values.shape[1], size=values.shape[2], grid=batch.grid)
-                _announce(folder, index)
-                announced = True
-                if begun is None:
-                    with _writing(folder, index):
-                        folder.allocate(index)
-            with _writing(folder, index):
-                index = folder.write(index, values)
-                if index.complete or time.monotonic() - recorded >= RECORD_SECONDS:
-                    folder.record(index)
-                    recorded = time.monotonic()
-            progress.update(bar, completed=index.done)
+    index = _begun(folder, wanted)
+    batches = iter(compute(index.done))
+    if index.regions:
+        _announce(folder, index)
+    elif (first := next(batches, None)) is not None:  # it shows how much there will be
+        index = _begin(folder, wanted, first)
+        batches = chain([first], batches)
+    with _progress(index) as show:
+        index = _write(folder, index, batches, show)
     if not index.complete:
         raise RuntimeError(f"The encoder gave the annotations of {index.done} images, not of {index.images}.")
+
+
+def _begun(folder: CacheFolder, wanted: Index) -> Index:
+    """Return the index of what a killed process left, or else what is wanted, of which the regions are not known."""
+    try:
+        index = folder.read_for(wanted)
+    except CacheFault as fault:
+        say(str(fault))
+        index = None
+    if index is not None:
+        return index
+    with _writing(folder, wanted):
+        folder.empty()
+    return wanted
+
+
+def _begin(folder: CacheFolder, wanted: Index, first: Annotations) -> Index:
+    """Make room for annotations like those of the first batch, and return their index."""
+    values = _half(first, wanted)
+    try:
+        index = replace(wanted, regions=values.shape[1], size=values.shape[2], grid=first.grid)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"The encoder gives {values.shape[1]} regions and the grid {first.grid}: it has to give (rows, columns) "
+            "whose product is the number of regions, or None."
+        ) from None
+    _announce(folder, index)
+    with _writing(folder, index):
+        folder.allocate(index)
+    return index
+
+
+def _write(folder: CacheFolder, index: Index, batches: Iterable[Annotations], show: Callable[[int], None]) -> Index:
+    """Write batch after batch, and return the index with them."""
+    recorded = time.monotonic()
+    for batch in batches:
+        try:
+            values = _half(batch, index)
+        except InputError:  # the next run would come to the same end
+            folder.empty()
+            raise
+        with _writing(folder, index):
+            index = folder.write(index, values)
+            if index.complete or time.monotonic() - recorded >= RECORD_SECONDS:
+                folder.record(index)
+                recorded = time.monotonic()
+        show(index.done)
+    return index
 
 
 def _half(batch: Annotations, index: Index) -> NDArray[np.float16]:
@@ -238,11 +265,14 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} images/s", style="progress.data.speed")
 
 
-def _progress() -> Progress:
-    """Return a bar that is shown on a terminal, and not in a pipe or a log file."""
+@contextmanager
+def _progress(index: Index) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, and nothing in a pipe or a log file; it is told how many images are done."""
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Annotating", total=index.images, completed=index.done)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 def fingerprint(settings: object, tensors: Iterable[tuple[str, Tensor]], files: Iterable[Path]) -> str:

@@ -79,6 +79,8 @@ class Index:
         texts = (self.fingerprint, self.dataset, self.split, self.encoder, self.view, self.made)
         if not all(type(number) is int and number >= 0 for number in numbers) or self.done > self.images:
             raise ValueError("These numbers are no index's.")
+        if self.done and not self.regions:
+            raise ValueError("Whose annotations are there, their regions are known.")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("These texts are no index's.")
         if self.grid is not None:

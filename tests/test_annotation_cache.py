@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from captioner import annotation_cache, datamodule, task
+from captioner import annotation_cache, cache_folder, datamodule, task
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
 from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes
@@ -116,10 +116,13 @@ def test_it_says_what_it_is_about_to_write(tmp_path, capsys):
 
 def test_a_terminal_sees_images_rate_and_time_left(tmp_path, monkeypatch):
     terminal = Console(force_terminal=True, file=io.StringIO(), width=120)
-    monkeypatch.setattr(annotation_cache, "Console", lambda: terminal)
+    for module in (annotation_cache, cache_folder):
+        monkeypatch.setattr(module, "Console", lambda: terminal)
     AnnotationCache.open(tmp_path, WANTED, Compute())
     shown = Text.from_ansi(terminal.file.getvalue()).plain
     assert re.search(r"Annotating .* 5/5 .*[\d,]+ images/s \d:\d\d:\d\d", shown), shown
+    announced = shown.splitlines()[0]
+    assert announced.startswith("Annotating 5 train images once: ") and "0/5" not in announced, shown
 
 
 # What is damaged, and what is broken off
@@ -131,6 +134,7 @@ DAMAGES = {
     "index without words": "damaged index",
     "index of a grid of other regions": "damaged index",
     "index of half regions": "damaged index",
+    "index of no regions": "damaged index",
     "index of a format that is no number": "damaged index",
     "index missing": "values without an index",
     "values missing": "damaged values",
@@ -164,6 +168,8 @@ def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp
         index.write_text(json.dumps(fields | {"grid": [2, 3]}))
     elif damage == "index of half regions":
         index.write_text(json.dumps(fields | {"grid": [8, 0.5]}))
+    elif damage == "index of no regions":
+        index.write_text(json.dumps(fields | {"regions": 0}))
     elif damage == "index of a format that is no number":
         index.write_text(json.dumps(fields | {"format": []}))
     elif damage == "index missing":
@@ -357,6 +363,14 @@ def test_regions_that_differ_in_number_are_refused(tmp_path):
 
     with pytest.raises(InputError, match="number of regions"):
         AnnotationCache.open(tmp_path, WANTED, compute)
+    assert not files_in(tmp_path)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4,), 4, (8, 0.5)])
+def test_a_grid_of_other_regions_is_refused(grid, tmp_path):
+    with pytest.raises(InputError, match="4 regions and the grid") as error:
+        AnnotationCache.open(tmp_path, WANTED, Compute(grid=grid))
+    one_sentence(error)
     assert not files_in(tmp_path)
 
 
