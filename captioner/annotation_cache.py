@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -197,19 +197,26 @@ def _begin(folder: CacheFolder, wanted: Index, first: Annotations) -> Index:
 
 def _write(folder: CacheFolder, index: Index, batches: Iterable[Annotations], show: Callable[[int], None]) -> Index:
     """Write batch after batch, and return the index with them."""
-    recorded = time.monotonic()
-    for batch in batches:
-        try:
-            values = _half(batch, index)
-        except InputError:  # the next run would come to the same end
-            folder.empty()
-            raise
-        with _writing(folder, index):
-            index = folder.write(index, values)
-            if index.complete or time.monotonic() - recorded >= RECORD_SECONDS:
+    at, unrecorded = time.monotonic(), False
+    try:
+        for batch in batches:
+            try:
+                values = _half(batch, index)
+            except InputError:  # the next run would come to the same end
+                unrecorded = False
+                folder.empty()
+                raise
+            with _writing(folder, index):
+                index, unrecorded = folder.write(index, values), True
+                if index.complete or time.monotonic() - at >= RECORD_SECONDS:
+                    unrecorded = False  # even if it fails: asked again, the disk may forget that it lost something
+                    folder.record(index)
+                    at = time.monotonic()
+            show(index.done)
+    finally:
+        if unrecorded:  # Ctrl-C, or an image that cannot be read: the batches until then are whole
+            with suppress(OSError):
                 folder.record(index)
-                recorded = time.monotonic()
-        show(index.done)
     return index
 
 

@@ -252,13 +252,42 @@ def test_a_run_that_breaks_off_is_gone_on_from(until, tmp_path, capsys):
     assert (f"once, from image {until + 1} on: 4 regions" if until else "once: 4 regions") in line
 
 
-def test_what_is_not_recorded_is_computed_again(tmp_path, monkeypatch):
+def test_what_is_written_is_recorded_where_a_run_is_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(annotation_cache, "RECORD_SECONDS", 3600.0)
     with pytest.raises(KeyboardInterrupt):
-        AnnotationCache.open(tmp_path, WANTED, Compute(VALUES + 1, until=4))
+        AnnotationCache.open(tmp_path, WANTED, Compute(until=4))
     compute = Compute()
     holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
-    assert compute.firsts == [0]
+    assert compute.firsts == [4]
+
+
+def test_a_disk_that_fails_to_record_is_not_asked_again(tmp_path, monkeypatch):
+    record, asked = CacheFolder.record, []
+
+    def failing(folder, index):
+        asked.append(index.done)
+        if index.done == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        record(folder, index)
+
+    monkeypatch.setattr(CacheFolder, "record", failing)
+    with pytest.raises(InputError, match="see to its permissions and the disk"):
+        AnnotationCache.open(tmp_path, WANTED, Compute())
+    assert asked == [0, 2] and CacheFolder(tmp_path / ("a" * 16)).read().done == 0
+
+
+def test_who_may_not_record_at_an_interruption_is_interrupted_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotation_cache, "RECORD_SECONDS", 3600.0)
+    record = CacheFolder.record
+
+    def full(folder, index):
+        if index.done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        record(folder, index)
+
+    monkeypatch.setattr(CacheFolder, "record", full)
+    with pytest.raises(KeyboardInterrupt):
+        AnnotationCache.open(tmp_path, WANTED, Compute(until=4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
