@@ -27,6 +27,7 @@ from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes,
 from captioner.errors import InputError
 
 RECORD_SECONDS = 2.0  # what a killed run loses at most, besides a batch; waiting for the disk after each one costs time
+SAY_SECONDS = 300.0  # between the lines in a log file
 
 
 class AnnotationCache:
@@ -274,12 +275,28 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def _progress(index: Index) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, and nothing in a pipe or a log file; it is told how many images are done."""
+    """Show a bar on a terminal, and a line now and then in a pipe or a log file; it is told how many are done."""
     console = Console()
+    if not console.is_terminal:
+        yield _Lines(index)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("Annotating", total=index.images, completed=index.done)
         yield lambda done: progress.update(bar, completed=done)
+
+
+class _Lines:
+    def __init__(self, index: Index) -> None:
+        self._images, self._said, self._at = index.images, index.done, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        seconds = time.monotonic() - self._at
+        if seconds < SAY_SECONDS or done == self._images:  # the end is told by what comes next
+            return
+        rate = (done - self._said) / seconds  # since the last line, so that one that falls is seen
+        say(f"Annotating: {done:,} of {self._images:,} images, {rate:,.0f} images/s")
+        self._said, self._at = done, self._at + seconds
 
 
 def fingerprint(settings: object, tensors: Iterable[tuple[str, Tensor]], files: Iterable[Path]) -> str:

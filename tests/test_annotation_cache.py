@@ -114,6 +114,24 @@ def test_it_says_what_it_is_about_to_write(tmp_path, capsys):
     assert in_gigabytes(587_000_000) == "0.59 GB" and in_gigabytes(0) == "0.00 GB"
 
 
+def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(annotation_cache, "SAY_SECONDS", 0.0)
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    lines = annotation_cache._Lines(replace(WANTED, images=117_000, done=11_000, regions=4))
+    for done in (11_100, 11_140, 117_000):
+        lines(done)
+    assert capsys.readouterr().out.splitlines() == [
+        "Annotating: 11,100 of 117,000 images, 50 images/s",
+        "Annotating: 11,140 of 117,000 images, 20 images/s",
+    ]
+    monkeypatch.setattr(annotation_cache, "SAY_SECONDS", 5.0)
+    for done in (11_200, 11_300, 11_400):  # 2, 4 and 6 seconds after the last line
+        lines(done)
+    said = capsys.readouterr().out
+    assert said.startswith("Annotating: 11,") and said.count("\n") == 1
+
+
 def test_a_terminal_sees_images_rate_and_time_left(tmp_path, monkeypatch):
     terminal = Console(force_terminal=True, file=io.StringIO(), width=120)
     for module in (annotation_cache, cache_folder):
