@@ -129,7 +129,9 @@ def clear(directory: Path, names: Sequence[str] | None) -> None:
         if name not in caches:
             raise InputError(f"There is no cache {name} in {directory}: `captioner cache list {directory}` shows them.")
         if names is not None and caches[name].obstacle:
-            raise InputError(f"The cache {_left(caches[name])}: see to that, and delete it by hand.")
+            raise InputError(
+                f"The cache {caches[name].folder.path} {caches[name].obstacle}: see to that, or delete it by hand."
+            )
         if caches[name].folder.is_being_filled:
             raise InputError(
                 f"The cache {caches[name].folder.path} is being filled by a running process: end that, or wait."
@@ -137,12 +139,8 @@ def clear(directory: Path, names: Sequence[str] | None) -> None:
     freed = 0
     for cache in (caches[name] for name in chosen):
         if cache.obstacle:
-            say(f"Left {_left(cache)}")
+            say(f"Left {cache.folder.path}, which {cache.obstacle}")
             continue
         freed += (size := cache.folder.delete())
         say(f"Deleted {cache.folder.path}, {in_gigabytes(size)}")
     say(f"Freed {in_gigabytes(freed)} in {directory}")
-
-
-def _left(cache: Found) -> str:
-    return f"{cache.folder.path}, which {cache.obstacle}"

@@ -200,7 +200,7 @@ def test_a_cache_that_is_being_filled_stays_and_so_do_the_others(names, director
         (["clear", "{directory}"], "or --all"),
         (["clear", "{directory}", "a" * 16, "--all"], "or --all"),
         (["clear", "{directory}", "9" * 16], "no cache 9999999999999999"),
-        (["clear", "{directory}", "e" * 16], "holds other files, too"),
+        (["clear", "{directory}", "e" * 16], "eeee holds other files, too: see to that"),
         (["clear", "{directory}", "../" + "a" * 16], "no cache ../"),
         (["clear", "{directory}/no", "--all"], "no folder"),
         (["clear", "{directory}", "--force"], "--force"),
