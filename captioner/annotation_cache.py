@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes,
 from captioner.errors import InputError
 
 RECORD_SECONDS = 2.0  # what a killed run loses at most, besides a batch; waiting for the disk after each one costs time
+SAY_SECONDS = 300.0  # between the lines in a log file
 
 
 class AnnotationCache:
@@ -76,14 +80,31 @@ class AnnotationCache:
         for first in range(0, len(self), 1024):  # not a second copy of all in the memory of the host
             part = slice(first, first + 1024)
             cache._kept[part] = torch.from_numpy(np.array(self._values[part]))
+            self._check(cache._kept[part].sum(dtype=torch.float32))
         return cache
 
     def rows(self, indices: Sequence[int]) -> Annotations:
-        """Return the annotations of some of the images, float32."""
+        """Return the annotations of some of the images, float32.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged, so far as its values tell.
+        """
         if self._kept is not None:
             places = torch.tensor(indices, dtype=torch.long, device=self.device)
             return Annotations(self._kept[places].float(), grid=self._grid)
-        return Annotations(torch.from_numpy(self._values[list(indices)].astype(np.float32)), grid=self._grid)
+        values = torch.from_numpy(self._values[list(indices)].astype(np.float32))
+        self._check(values.sum())
+        return Annotations(values, grid=self._grid)
+
+    def _check(self, total: Tensor) -> None:
+        """See that values are finite by their float32 sum, which takes no memory and which float16 never exceeds."""
+        if not math.isfinite(total.item()):  # none such is ever written
+            raise InputError(
+                f"The cache {self.folder} is damaged, since it holds values that are not finite: delete it with "
+                f"`captioner cache clear {self.folder.parent} {self.folder.name}`, and the next run builds it anew."
+            )
 
     @classmethod
     def open(
@@ -132,39 +153,72 @@ def _is_complete(folder: CacheFolder, wanted: Index) -> bool:
 
 
 def _fill(folder: CacheFolder, wanted: Index, compute: Callable[[int], Iterable[Annotations]]) -> None:
+    index = _begun(folder, wanted)
+    batches = iter(compute(index.done))
+    if index.regions:
+        _announce(folder, index)
+    elif (first := next(batches, None)) is not None:  # it shows how much there will be
+        index = _begin(folder, wanted, first)
+        batches = chain([first], batches)
+    with _progress(index) as show:
+        index = _write(folder, index, batches, show)
+    if not index.complete:
+        raise RuntimeError(f"The encoder gave the annotations of {index.done} images, not of {index.images}.")
+
+
+def _begun(folder: CacheFolder, wanted: Index) -> Index:
+    """Return the index of what a killed process left, or else what is wanted, of which the regions are not known."""
     try:
-        begun = folder.read_for(wanted)
+        index = folder.read_for(wanted)
     except CacheFault as fault:
         say(str(fault))
-        begun = None
-    if begun is None:
-        with _writing(folder, wanted):
-            folder.empty()
-    index, announced, recorded = begun or wanted, False, time.monotonic()
-    with _progress() as progress:
-        bar = progress.add_task("Annotating", total=wanted.images, completed=index.done)
-        for batch in compute(index.done):
+        index = None
+    if index is not None:
+        return index
+    with _writing(folder, wanted):
+        folder.empty()
+    return wanted
+
+
+def _begin(folder: CacheFolder, wanted: Index, first: Annotations) -> Index:
+    """Make room for annotations like those of the first batch, and return their index."""
+    values = _half(first, wanted)
+    try:
+        index = replace(wanted, regions=values.shape[1], size=values.shape[2], grid=first.grid)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"The encoder gives {values.shape[1]} regions and the grid {first.grid}: it has to give (rows, columns) "
+            "whose product is the number of regions, or None."
+        ) from None
+    _announce(folder, index)
+    with _writing(folder, index):
+        folder.allocate(index)
+    return index
+
+
+def _write(folder: CacheFolder, index: Index, batches: Iterable[Annotations], show: Callable[[int], None]) -> Index:
+    """Write batch after batch, and return the index with them."""
+    at, unrecorded = time.monotonic(), False
+    try:
+        for batch in batches:
             try:
                 values = _half(batch, index)
             except InputError:  # the next run would come to the same end
+                unrecorded = False
                 folder.empty()
                 raise
-            if not announced:
-                if begun is None:
-                    index = replace(wanted, regions=values.shape[1], size=values.shape[2], grid=batch.grid)
-                _announce(folder, index)
-                announced = True
-                if begun is None:
-                    with _writing(folder, index):
-                        folder.allocate(index)
             with _writing(folder, index):
-                index = folder.write(index, values)
-                if index.complete or time.monotonic() - recorded >= RECORD_SECONDS:
+                index, unrecorded = folder.write(index, values), True
+                if index.complete or time.monotonic() - at >= RECORD_SECONDS:
+                    unrecorded = False  # even if it fails: asked again, the disk may forget that it lost something
                     folder.record(index)
-                    recorded = time.monotonic()
-            progress.update(bar, completed=index.done)
-    if not index.complete:
-        raise RuntimeError(f"The encoder gave the annotations of {index.done} images, not of {index.images}.")
+                    at = time.monotonic()
+            show(index.done)
+    finally:
+        if unrecorded:  # Ctrl-C, or an image that cannot be read: the batches until then are whole
+            with suppress(OSError):
+                folder.record(index)
+    return index
 
 
 def _half(batch: Annotations, index: Index) -> NDArray[np.float16]:
@@ -205,9 +259,11 @@ def _writing(folder: CacheFolder, index: Index) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room" if full else "see to its permissions and the disk, or delete that folder"
         raise InputError(
             f"The cache {folder.path} cannot be written ({error.strerror}) after {index.done:,} of {index.images:,} "
-            "images: make room or mend the disk, and the same command goes on from there."
+            f"images: {advice}, and the same command goes on."
         ) from error
 
 
@@ -217,11 +273,30 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} images/s", style="progress.data.speed")
 
 
-def _progress() -> Progress:
-    """Return a bar that is shown on a terminal, and not in a pipe or a log file."""
+@contextmanager
+def _progress(index: Index) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, and a line now and then in a pipe or a log file; it is told how many are done."""
     console = Console()
+    if not console.is_terminal:
+        yield _Lines(index)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("Annotating", total=index.images, completed=index.done)
+        yield lambda done: progress.update(bar, completed=done)
+
+
+class _Lines:
+    def __init__(self, index: Index) -> None:
+        self._images, self._said, self._at = index.images, index.done, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        seconds = time.monotonic() - self._at
+        if seconds < SAY_SECONDS or done == self._images:  # the end is told by what comes next
+            return
+        rate = (done - self._said) / seconds  # since the last line, so that one that falls is seen
+        say(f"Annotating: {done:,} of {self._images:,} images, {rate:,.0f} images/s")
+        self._said, self._at = done, self._at + seconds
 
 
 def fingerprint(settings: object, tensors: Iterable[tuple[str, Tensor]], files: Iterable[Path]) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -77,12 +77,18 @@ class Index:
     def __post_init__(self) -> None:
         numbers = (self.images, self.done, self.regions, self.size)
         texts = (self.fingerprint, self.dataset, self.split, self.encoder, self.view, self.made)
-        if not all(type(number) is int for number in numbers) or not 0 <= self.done <= self.images:
+        if not all(type(number) is int and number >= 0 for number in numbers) or self.done > self.images:
             raise ValueError("These numbers are no index's.")
+        if self.done and not self.regions:
+            raise ValueError("Whose annotations are there, their regions are known.")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("These texts are no index's.")
         if self.grid is not None:
             height, width = self.grid  # JSON hands over a list
+            if not all(type(side) is int and side > 0 for side in (height, width)):
+                raise ValueError("These sides are no grid's.")
+            if self.regions and height * width != self.regions:
+                raise ValueError("These regions are no such grid.")
             object.__setattr__(self, "grid", (height, width))
 
     @property
@@ -154,6 +160,8 @@ class CacheFolder:
             fields = json.loads(text)
             if (number := fields.pop("format", 1)) == FORMAT:
                 return Index(**fields)
+            if type(number) is not int:
+                raise TypeError("A format is a number.")
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise self._fault("has a damaged index") from None
         raise self._fault(f"is of the format {number}, not {FORMAT}")
@@ -240,21 +248,25 @@ class CacheFolder:
     @property
     def is_being_filled(self) -> bool:
         """Whether a process holds the lock."""
-        if not (self.path / "lock").exists():
-            return False
         try:
+            if not (self.path / "lock").exists():
+                return False
             with FileLock(self.path / "lock", timeout=0):
                 return False
         except Timeout:
             return True
-        except OSError:  # a lock that is not ours to take
+        except OSError:  # a lock that is not ours to take, or to see
             return False
 
     @property
     def disk_bytes(self) -> int:
         """What the files take of the disk: a file of which little is written takes little."""
-        status = [file.stat() for file in self.path.iterdir()]
-        return sum(512 * getattr(each, "st_blocks", (each.st_size + 511) // 512) for each in status)
+        total = 0
+        for file in self.path.iterdir():
+            with suppress(FileNotFoundError):  # whoever fills the cache renames files
+                status = file.stat()
+                total += 512 * getattr(status, "st_blocks", (status.st_size + 511) // 512)
+        return total
 
     def empty(self) -> None:
         """Delete what is there, but for the lock; to be called by who holds it."""
@@ -283,7 +295,8 @@ class CacheFolder:
             ) from None
         except OSError as error:
             raise InputError(
-                f"The cache {self.path} cannot be deleted ({error.strerror}): see to its permissions."
+                f"The cache {self.path} cannot be deleted ({error.strerror}): see to its permissions, or delete it by "
+                "hand."
             ) from error
         return freed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,30 +14,62 @@ from captioner.cache_folder import FILES, NAME, CacheFault, CacheFolder, in_giga
 from captioner.errors import InputError
 
 
-def find_caches(directory: Path) -> list[CacheFolder]:
+class Found(NamedTuple):
+    """A cache in a directory.
+
+    Attributes
+    ----------
+    folder : CacheFolder
+        Where it is.
+    obstacle : str
+        Why it is not deleted, as in "holds other files, too"; empty where nothing is in the way.
+    readable : bool
+        Whether its contents can be told.
+    """
+
+    folder: CacheFolder
+    obstacle: str = ""
+    readable: bool = True
+
+
+def find_caches(directory: Path) -> list[Found]:
     """Return the folders of a directory that are caches, in the order of their names.
 
-    A cache is called by 16 hexadecimal digits and holds files of ours only.
+    A cache is called by 16 hexadecimal digits and holds files of ours. One that holds others, too, is used by training
+    all the same, and so is told of.
 
     Raises
     ------
     InputError
-        If there is no such directory.
+        If there is no such directory, or it cannot be read.
     """
-    if not directory.is_dir():
-        raise InputError(f"There is no folder {directory}: give the one that data.cache names.")
-    return [
-        CacheFolder(path)
-        for path in sorted(directory.iterdir())
-        if NAME.fullmatch(path.name)
-        and path.is_dir()
-        and not path.is_symlink()
-        and (names := [file.name for file in path.iterdir()])
-        and all(FILES.fullmatch(name) for name in names)
-    ]
+    try:
+        paths = sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"There is no folder {directory}: give the one that data.cache names.") from None
+    except OSError as error:
+        raise InputError(f"The folder {directory} cannot be read ({error.strerror}): see to its permissions.") from None
+    return [found for path in paths if NAME.fullmatch(path.name) and (found := _find(path))]
 
 
-def show(caches: Sequence[CacheFolder], console: Console) -> None:
+def _find(path: Path) -> Found | None:
+    """Return the cache that a path is, if it is one."""
+    try:
+        if not path.is_dir() or path.is_symlink():
+            return None
+        ours = [bool(FILES.fullmatch(file.name)) for file in path.iterdir()]
+    except OSError as error:
+        return Found(CacheFolder(path), _unreadable(error), readable=False)
+    if not any(ours):
+        return None
+    return Found(CacheFolder(path), "" if all(ours) else "holds other files, too")
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror})"
+
+
+def show(caches: Sequence[Found], console: Console) -> None:
     """Print what each cache holds, what it takes of the disk, and whether it is complete."""
     table = Table()
     for header in ("fingerprint", "dataset", "split", "encoder"):
@@ -44,11 +77,21 @@ def show(caches: Sequence[CacheFolder], console: Console) -> None:
     for header in ("images", "regions x size", "view", "GB", "made", "state"):
         table.add_column(header, justify="right" if header in ("images", "regions x size", "GB") else "left")
     for cache in caches:
-        table.add_row(cache.path.name, *map(escape, _cells(cache)))
+        table.add_row(cache.folder.path.name, *map(escape, _cells(cache)))
     console.print(table)
 
 
-def _cells(cache: CacheFolder) -> tuple[str, ...]:
+def _cells(cache: Found) -> tuple[str, ...]:
+    if not cache.readable:
+        return *[""] * 8, cache.obstacle
+    try:
+        *known, state = _contents(cache.folder)
+    except OSError as error:  # its files may be listed but not looked at
+        return *[""] * 8, _unreadable(error)
+    return *known, f"{state}, {cache.obstacle}" if cache.obstacle else state
+
+
+def _contents(cache: CacheFolder) -> tuple[str, ...]:
     size = in_gigabytes(cache.disk_bytes).removesuffix(" GB")
     try:
         index = cache.read()
@@ -77,17 +120,27 @@ def clear(directory: Path, names: Sequence[str] | None) -> None:
     Raises
     ------
     InputError
-        Where one is not there, is no cache, or is being filled by a running process; then nothing is deleted.
+        Where one is not there, is no cache, or is being filled by a running process, or where one that is named cannot
+        be read or holds files that are not ours; then nothing is deleted. Of all, such are left alone.
     """
-    caches = {cache.path.name: cache for cache in find_caches(directory)}
+    caches = {cache.folder.path.name: cache for cache in find_caches(directory)}
     chosen = list(caches) if names is None else list(dict.fromkeys(names))
     for name in chosen:
         if name not in caches:
             raise InputError(f"There is no cache {name} in {directory}: `captioner cache list {directory}` shows them.")
-        if caches[name].is_being_filled:
-            raise InputError(f"The cache {caches[name].path} is being filled by a running process: end that, or wait.")
+        if names is not None and caches[name].obstacle:
+            raise InputError(
+                f"The cache {caches[name].folder.path} {caches[name].obstacle}: see to that, or delete it by hand."
+            )
+        if caches[name].folder.is_being_filled:
+            raise InputError(
+                f"The cache {caches[name].folder.path} is being filled by a running process: end that, or wait."
+            )
     freed = 0
-    for name in chosen:
-        freed += (size := caches[name].delete())
-        say(f"Deleted {caches[name].path}, {in_gigabytes(size)}")
+    for cache in (caches[name] for name in chosen):
+        if cache.obstacle:
+            say(f"Left {cache.folder.path}, which {cache.obstacle}")
+            continue
+        freed += (size := cache.folder.delete())
+        say(f"Deleted {cache.folder.path}, {in_gigabytes(size)}")
     say(f"Freed {in_gigabytes(freed)} in {directory}")

@@ -141,20 +141,30 @@ def _cache_build(args: Sequence[str]) -> int:
 
 def _cache_list(args: Sequence[str]) -> int:
     parser = _parser("cache list", "List the cached annotations in a folder.")
-    parser.add_argument("directory", type=Path, nargs="?", default=CACHES)
+    parser.add_argument("directory", type=Path, nargs="?")
     options = parser.parse_args(args[1:])
+    directory = _assumed_caches() if options.directory is None else options.directory
 
     from rich.console import Console
 
     from captioner.cache_listing import find_caches, show
 
-    caches = find_caches(options.directory)
+    caches = find_caches(directory)
     if caches:
         # A file or a pipe has no width: lines are not broken for it.
-        show(caches, Console(width=None if sys.stdout.isatty() else 240))
+        show(caches, Console(width=None if sys.stdout.isatty() else 10**6))
     else:
-        print(f"There are no caches in {options.directory}.")
+        print(f"There are no caches in {directory}.")
     return 0
+
+
+def _assumed_caches() -> Path:
+    if not os.path.isdir(CACHES):
+        raise InputError(
+            f"There is no folder {CACHES}, which is assumed where no DIRECTORY is given: give the one that data.cache "
+            "names."
+        )
+    return CACHES
 
 
 def _cache_clear(args: Sequence[str]) -> int:
@@ -166,14 +176,14 @@ def _cache_clear(args: Sequence[str]) -> int:
     from captioner.cache_folder import NAME
     from captioner.cache_listing import clear
 
-    directory, names = CACHES, options.names
+    directory, names = None, options.names
     if names and not NAME.fullmatch(names[0]):
         directory, names = Path(names[0]), names[1:]
     if options.all == bool(names):
         raise InputError(
             "Say which caches to delete: give either fingerprints, as `captioner cache list` prints them, or --all."
         )
-    clear(directory, None if options.all else names)
+    clear(_assumed_caches() if directory is None else directory, None if options.all else names)
     return 0
 
 

@@ -216,6 +216,7 @@ class CaptioningTask(LightningModule):
         data, encoder = self.data, self.captioner.encoder
         settings = {**describe(encoder), "precision": str(self.trainer.precision)}
         del settings["recompute"]  # which decides about gradients
+        settings.pop("weights", None)  # the tensors themselves are hashed: where they came from changes nothing
         if isinstance(encoder, ForeignEncoder):
             settings["module"] = [encoder.module_name, repr(encoder.module), _source(encoder.module)]
 

@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from captioner import annotation_cache, datamodule
+from captioner import annotation_cache, cache_folder, datamodule, task
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
 from captioner.cache_folder import CacheFault, CacheFolder, Index, in_gigabytes
 from captioner.errors import InputError
 from captioner.images import Preprocessing
+from captioner.model import describe
 
 VALUES = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1))
 
@@ -113,12 +114,33 @@ def test_it_says_what_it_is_about_to_write(tmp_path, capsys):
     assert in_gigabytes(587_000_000) == "0.59 GB" and in_gigabytes(0) == "0.00 GB"
 
 
+def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(annotation_cache, "SAY_SECONDS", 0.0)
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    lines = annotation_cache._Lines(replace(WANTED, images=117_000, done=11_000, regions=4))
+    for done in (11_100, 11_140, 117_000):
+        lines(done)
+    assert capsys.readouterr().out.splitlines() == [
+        "Annotating: 11,100 of 117,000 images, 50 images/s",
+        "Annotating: 11,140 of 117,000 images, 20 images/s",
+    ]
+    monkeypatch.setattr(annotation_cache, "SAY_SECONDS", 5.0)
+    for done in (11_200, 11_300, 11_400):  # 2, 4 and 6 seconds after the last line
+        lines(done)
+    said = capsys.readouterr().out
+    assert said.startswith("Annotating: 11,") and said.count("\n") == 1
+
+
 def test_a_terminal_sees_images_rate_and_time_left(tmp_path, monkeypatch):
     terminal = Console(force_terminal=True, file=io.StringIO(), width=120)
-    monkeypatch.setattr(annotation_cache, "Console", lambda: terminal)
+    for module in (annotation_cache, cache_folder):
+        monkeypatch.setattr(module, "Console", lambda: terminal)
     AnnotationCache.open(tmp_path, WANTED, Compute())
     shown = Text.from_ansi(terminal.file.getvalue()).plain
     assert re.search(r"Annotating .* 5/5 .*[\d,]+ images/s \d:\d\d:\d\d", shown), shown
+    announced = shown.splitlines()[0]
+    assert announced.startswith("Annotating 5 train images once: ") and "0/5" not in announced, shown
 
 
 # What is damaged, and what is broken off
@@ -128,6 +150,10 @@ DAMAGES = {
     "index no JSON object": "damaged index",
     "index of other numbers": "damaged index",
     "index without words": "damaged index",
+    "index of a grid of other regions": "damaged index",
+    "index of half regions": "damaged index",
+    "index of no regions": "damaged index",
+    "index of a format that is no number": "damaged index",
     "index missing": "values without an index",
     "values missing": "damaged values",
     "values cut": "damaged values",
@@ -156,6 +182,14 @@ def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp
         index.write_text(json.dumps(fields | {"done": "5"}))
     elif damage == "index without words":
         index.write_text(json.dumps(fields | {"encoder": 5}))
+    elif damage == "index of a grid of other regions":
+        index.write_text(json.dumps(fields | {"grid": [2, 3]}))
+    elif damage == "index of half regions":
+        index.write_text(json.dumps(fields | {"grid": [8, 0.5]}))
+    elif damage == "index of no regions":
+        index.write_text(json.dumps(fields | {"regions": 0}))
+    elif damage == "index of a format that is no number":
+        index.write_text(json.dumps(fields | {"format": []}))
     elif damage == "index missing":
         index.unlink()
     elif damage == "values missing":
@@ -194,6 +228,26 @@ def test_what_is_damaged_or_of_another_format_is_said_and_built_anew(damage, tmp
     assert files_in(tmp_path) == {"values.npy", "index.json"}
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_rows_that_no_cache_holds_are_said_to_be_damaged(value, tmp_path):
+    cache = AnnotationCache.open(tmp_path, WANTED, Compute())
+    values = np.load(cache.folder / "values.npy", mmap_mode="r+")
+    values[3, 1, 2] = value
+    values[3, 1, 1] = -value  # which adds up to nothing that is finite, either
+    values.flush()
+    command = f"`captioner cache clear {tmp_path} {'a' * 16}`"
+    for read in (lambda: cache.rows([0, 3]), lambda: cache.to(torch.device("cpu"))):
+        with pytest.raises(InputError, match=re.escape(command)) as error:
+            read()
+        one_sentence(error)
+    assert torch.isfinite(cache.rows([0, 1, 2, 4]).values).all()
+
+
+def test_the_largest_values_that_a_cache_holds_are_not_taken_for_damaged(tmp_path):
+    cache = AnnotationCache.open(tmp_path, WANTED, Compute(torch.full((5, 4, 3), 65504.0)))
+    assert (cache.rows(range(5)).values == 65504).all() and len(cache.to(torch.device("cpu"))) == 5
+
+
 def test_a_run_that_uses_a_cache_keeps_it_while_another_builds_it_anew(tmp_path):
     used = AnnotationCache.open(tmp_path, WANTED, Compute())
     (tmp_path / ("a" * 16) / "index.json").unlink()
@@ -216,13 +270,42 @@ def test_a_run_that_breaks_off_is_gone_on_from(until, tmp_path, capsys):
     assert (f"once, from image {until + 1} on: 4 regions" if until else "once: 4 regions") in line
 
 
-def test_what_is_not_recorded_is_computed_again(tmp_path, monkeypatch):
+def test_what_is_written_is_recorded_where_a_run_is_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(annotation_cache, "RECORD_SECONDS", 3600.0)
     with pytest.raises(KeyboardInterrupt):
-        AnnotationCache.open(tmp_path, WANTED, Compute(VALUES + 1, until=4))
+        AnnotationCache.open(tmp_path, WANTED, Compute(until=4))
     compute = Compute()
     holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
-    assert compute.firsts == [0]
+    assert compute.firsts == [4]
+
+
+def test_a_disk_that_fails_to_record_is_not_asked_again(tmp_path, monkeypatch):
+    record, asked = CacheFolder.record, []
+
+    def failing(folder, index):
+        asked.append(index.done)
+        if index.done == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        record(folder, index)
+
+    monkeypatch.setattr(CacheFolder, "record", failing)
+    with pytest.raises(InputError, match="see to its permissions and the disk"):
+        AnnotationCache.open(tmp_path, WANTED, Compute())
+    assert asked == [0, 2] and CacheFolder(tmp_path / ("a" * 16)).read().done == 0
+
+
+def test_who_may_not_record_at_an_interruption_is_interrupted_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotation_cache, "RECORD_SECONDS", 3600.0)
+    record = CacheFolder.record
+
+    def full(folder, index):
+        if index.done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        record(folder, index)
+
+    monkeypatch.setattr(CacheFolder, "record", full)
+    with pytest.raises(KeyboardInterrupt):
+        AnnotationCache.open(tmp_path, WANTED, Compute(until=4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
@@ -275,13 +358,25 @@ def test_a_disk_that_fills_up_is_said_and_what_was_done_stays(tmp_path, monkeypa
         return write(folder, index, values)
 
     monkeypatch.setattr(CacheFolder, "write", full)
-    with pytest.raises(InputError, match="No space left on device.* after 2 of 5 images") as error:
+    with pytest.raises(InputError, match="No space left on device.* after 2 of 5 images: make room,") as error:
         AnnotationCache.open(tmp_path, WANTED, Compute())
     one_sentence(error)
     monkeypatch.setattr(CacheFolder, "write", write)
     compute = Compute()
     holds_the_values(AnnotationCache.open(tmp_path, WANTED, compute))
     assert compute.firsts == [2]
+
+
+@pytest.mark.parametrize("name", ["index.json", "values.npy"])
+def test_what_is_no_lack_of_room_is_not_said_to_be_one(name, tmp_path):
+    (tmp_path / ("a" * 16) / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="see to its permissions") as error:
+        AnnotationCache.open(tmp_path, WANTED, Compute())
+    one_sentence(error)
+    assert "make room" not in str(error.value)
+    with pytest.raises(InputError, match="see to its permissions, or delete it by hand") as error:
+        CacheFolder(tmp_path / ("a" * 16)).delete()
+    one_sentence(error)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
@@ -315,6 +410,14 @@ def test_regions_that_differ_in_number_are_refused(tmp_path):
 
     with pytest.raises(InputError, match="number of regions"):
         AnnotationCache.open(tmp_path, WANTED, compute)
+    assert not files_in(tmp_path)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4,), 4, (8, 0.5)])
+def test_a_grid_of_other_regions_is_refused(grid, tmp_path):
+    with pytest.raises(InputError, match="4 regions and the grid") as error:
+        AnnotationCache.open(tmp_path, WANTED, Compute(grid=grid))
+    one_sentence(error)
     assert not files_in(tmp_path)
 
 
@@ -492,6 +595,18 @@ def test_the_cnn_runs_once_per_image_and_not_at_all_in_the_second_run(fit, tmp_p
 
     assert images_seen(*cache, "--model.encoder.grid", "2")[0] == blank + 22 + 9
     assert images_seen(*cache, "--trainer.max_epochs", "1", "--data.num_workers", "1")[0] == blank
+
+
+def test_the_same_weights_from_another_file_are_found_and_listed_by_name(fit, tmp_path, monkeypatch):
+    seen = []
+    for weights in ("a.pt", "other/a.pt"):
+        described = {"weights": weights}
+        monkeypatch.setattr(task, "describe", lambda encoder, said=described: {**describe(encoder), **said})
+        Counting.seen = 0
+        fit(*FOREIGN, "--data.cache", str(tmp_path))
+        seen.append(Counting.seen)
+    assert seen == [1 + 22 + 9, 1]
+    assert all("weights a.pt" in CacheFolder(path).read().encoder for path in tmp_path.iterdir())
 
 
 def test_the_cache_holds_what_the_encoder_gives(fit, tmp_path):

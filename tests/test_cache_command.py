@@ -1,5 +1,10 @@
 """`captioner cache`: it builds what `fit` finds, shows what there is, and deletes nothing but caches."""
 
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from test_annotation_cache import FOREIGN, WANTED, Compute, Counting
 
@@ -92,13 +97,14 @@ def test_the_list_says_what_each_cache_is(directory, capsys):
     captured = capsys.readouterr()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.out.splitlines() if "│" in line]
     by_name = {row[0]: row[1:] for row in rows}
-    assert captured.err == "" and list(by_name) == [letter * 16 for letter in "abcd"]
+    assert captured.err == "" and list(by_name) == [letter * 16 for letter in "abcde"]
     *known, gigabytes, made, state = by_name["a" * 16]
     assert known == ["Flickr8k in photos", "train", "VGG16", "5", "4 x 3", "upright"]
     assert (gigabytes, state) == ("less than 0.01", "complete") and made.startswith("20") and len(made) == 16
     assert by_name["b" * 16][:2] == ["COCO [2017]", "val"]
     assert by_name["b" * 16][5] == "mirrored" and by_name["b" * 16][-1] == "interrupted at 2"
     assert by_name["c" * 16][-1] == "is of the format 1, not 2" and by_name["d" * 16][-1] == "has a damaged index"
+    assert by_name["e" * 16][-1] == "is of the format 1, not 2, holds other files, too"
     with CacheFolder(directory / ("b" * 16)).locked(say_waiting=False):
         main(["cache", "list", str(directory)])
         assert "being filled at 2" in capsys.readouterr().out
@@ -106,7 +112,8 @@ def test_the_list_says_what_each_cache_is(directory, capsys):
 
 def test_the_folder_is_that_of_the_recipes(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["cache", "list"]) == 2 and "no folder data/cache" in one_line(capsys)
+    for command in (["list"], ["clear", "a" * 16]):
+        assert main(["cache", *command]) == 2 and "no folder data/cache, which is assumed" in one_line(capsys)
     (tmp_path / "data" / "cache").mkdir(parents=True)
     assert main(["cache", "list"]) == 0 and capsys.readouterr().out == "There are no caches in data/cache.\n"
     (directory / ("a" * 16)).rename(tmp_path / "data" / "cache" / ("a" * 16))
@@ -124,8 +131,58 @@ def test_the_named_caches_are_deleted_and_no_other(directory, capsys):
 def test_all_are_deleted_and_nothing_that_is_no_cache(directory, capsys):
     assert main(["cache", "clear", str(directory), "--all"]) == 0
     assert names_in(directory) == NOT_OURS
+    assert f"Left {directory / ('e' * 16)}, which holds other files, too\n" in capsys.readouterr().out
     assert (directory / "photos" / "values.npy").read_text() == (directory / ("f" * 16)).read_text() == "not ours"
     assert names_in(directory / ("e" * 16)) == {"index.json", "thesis.txt"}
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Let a method of paths fail for those that a test names, as it does for who may not read them."""
+
+    def forbid(method, forbidden):
+        allowed = getattr(Path, method)
+
+        def called(path, *args, **kwargs):
+            if forbidden(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return allowed(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, method, called)
+
+    return forbid
+
+
+@pytest.mark.parametrize("method", ["iterdir", "is_dir"])
+def test_a_cache_that_may_not_be_read_is_listed_and_left(method, directory, forbid, capsys):
+    forbid(method, lambda path: path.name == "b" * 16)
+    assert main(["cache", "list", str(directory)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "b" * 16 in line]
+    assert "cannot be read (Permission denied)" in row
+    assert main(["cache", "clear", str(directory), "b" * 16]) == 2
+    assert "cannot be read (Permission denied)" in one_line(capsys) and "a" * 16 in names_in(directory)
+    assert main(["cache", "clear", str(directory), "--all"]) == 0 and names_in(directory) == {"b" * 16, *NOT_OURS}
+    assert f"Left {directory / ('b' * 16)}, which cannot be read" in capsys.readouterr().out
+
+
+def test_a_cache_whose_files_may_not_be_looked_at_is_listed(directory, forbid, capsys):
+    forbid("stat", lambda path: path.parent.name == "b" * 16)
+    assert main(["cache", "list", str(directory)]) == 0
+    assert "cannot be read (Permission denied)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["list"], ["clear", "--all"]])
+def test_a_folder_of_caches_that_may_not_be_read_is_one_line(command, directory, forbid, capsys):
+    forbid("iterdir", lambda path: path == directory)
+    assert main(["cache", *command[:1], str(directory), *command[1:]]) == 2
+    assert "cannot be read (Permission denied)" in one_line(capsys)
+
+
+def test_lines_are_not_broken_where_there_is_no_terminal(tmp_path, capsys):
+    encoder = "an encoder of many words " * 40
+    AnnotationCache.open(tmp_path, replace(WANTED, encoder=encoder), Compute())
+    capsys.readouterr()
+    assert main(["cache", "list", str(tmp_path)]) == 0 and encoder.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [["--all"], ["a" * 16, "b" * 16]])
@@ -143,7 +200,7 @@ def test_a_cache_that_is_being_filled_stays_and_so_do_the_others(names, director
         (["clear", "{directory}"], "or --all"),
         (["clear", "{directory}", "a" * 16, "--all"], "or --all"),
         (["clear", "{directory}", "9" * 16], "no cache 9999999999999999"),
-        (["clear", "{directory}", "e" * 16], "no cache eeeeeeeeeeeeeeee"),
+        (["clear", "{directory}", "e" * 16], "eeee holds other files, too: see to that"),
         (["clear", "{directory}", "../" + "a" * 16], "no cache ../"),
         (["clear", "{directory}/no", "--all"], "no folder"),
         (["clear", "{directory}", "--force"], "--force"),
