@@ -170,7 +170,7 @@ class Additive(Attention):
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:  # noqa: D102
         queries = self.query(query)
-        if keys.device.type == "cpu" and not torch.is_grad_enabled():
+        if keys.device.type == "cpu" and not torch.is_grad_enabled() and loops.is_plain(self.score, nn.Linear):
             return loops.additive_scores(queries, keys, self.score.weight)
         met = torch.tanh(queries[:, :, None] + keys[:, None])  # (B, Q, N, A)
         scores: Tensor = self.score(met).squeeze(-1)
@@ -178,8 +178,8 @@ class Additive(Attention):
 
     def looks(self, memory: Memory, need_weights: bool = True) -> Look:  # noqa: D102
         keys, values, mask = memory
-        # A class derived from this one may have changed any of its parts.
-        if keys.device.type != "cpu" or not torch.is_grad_enabled() or type(self) is not Additive:
+        plain = loops.is_plain(self, Additive) and loops.is_plain(self.score, nn.Linear)
+        if keys.device.type != "cpu" or not torch.is_grad_enabled() or not plain:
             return super().looks(memory, need_weights)
         project, attend = loops.linear(self.query), loops.additive(keys, values, mask, self.score.weight)
 

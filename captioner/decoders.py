@@ -26,6 +26,7 @@ from captioner.loops import Block
 
 State = tuple[Tensor, ...]
 Look = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+# linear(layer)(x) is layer(x); in a loop over given words the layer's gradient is then taken once.
 Linear = Callable[[nn.Linear], Callable[[Tensor], Tensor]]
 
 
@@ -138,11 +139,13 @@ class _Turn(NamedTuple):
     gate: Tensor | None
 
 
-ROWS = 8  # those of a step under teacher forcing are a multiple of it
+ROW_MULTIPLE = 8  # of the rows of a step under teacher forcing: a few more of them, and many kernels fewer
 
 
 class _Plan:
-    """Which captions take which step under teacher forcing: few that have ended do.
+    """Which captions take which step under teacher forcing.
+
+    One that has ended takes a step only to fill up a multiple of ROW_MULTIPLE.
 
     Captions are sorted by their length, so that those that take a step are the first rows of a state. Packed are the
     rows of all steps, P of them, step by step. Attention is asked image by image, so that a memory is cut and never
@@ -178,8 +181,8 @@ class _Plan:
         longest_first = lengths.flatten().argsort(descending=True)
         self._captions = captions[longest_first]
         # A kernel is made anew for every number of rows, so there are few: some captions take a step behind their end.
-        takes = (lengths > torch.arange(int(lengths[0, 0]))[:, None, None]).sum((1, 2))  # (T,)
-        self._counts = (-(-takes // ROWS) * ROWS).clamp(max=images * queries).tolist()
+        active = (lengths > torch.arange(int(lengths[0, 0]))[:, None, None]).sum((1, 2))  # (T,)
+        self._counts = (-(-active // ROW_MULTIPLE) * ROW_MULTIPLE).clamp(max=images * queries).tolist()
         image, query = longest_first // queries, longest_first % queries
         most = (torch.stack((image, query), 1).cummax(0).values + 1).tolist()
         self.blocks = [

@@ -20,7 +20,7 @@ from variants import (
     watch,
 )
 
-from captioner import decoders
+from captioner import decoders, loops
 from captioner.attention import Additive, General, NoAttention, Uniform
 from captioner.decoders import CausalSelfAttention, GRUDecoder, LSTMDecoder, TransformerDecoder, sinusoidal_positions
 from captioner.errors import InputError
@@ -66,11 +66,16 @@ def test_forward_equals_step_word_by_word(name):
 
 @pytest.mark.parametrize(
     "multiple, lengths",
-    [(1, [[4, 1], [2, 3], [4, 4]]), (2, [[1, 2], [0, 0], [0, 2]]), (8, [[0, 0], [0, 0], [0, 0]])],
+    [
+        (1, [[4, 1], [2, 3], [4, 4]]),
+        (1, [[1, 0], [2, 4], [3, 1]]),  # the longest is not the first
+        (2, [[1, 2], [0, 0], [0, 2]]),
+        (8, [[0, 0], [0, 0], [0, 0]]),
+    ],
 )
 @every_decoder
 def test_steps_behind_a_captions_end_change_nothing_before_it(name, multiple, lengths, monkeypatch):
-    monkeypatch.setattr(decoders, "ROWS", multiple)
+    monkeypatch.setattr(decoders, "ROW_MULTIPLE", multiple)
     decoder = decoder_of(name)
     memory = decoder.memory(some_annotations(B, mask=MASK))
     whole, cut = decoder(some_words(), memory), decoder(some_words(), memory, lengths=torch.tensor(lengths))
@@ -84,7 +89,7 @@ def test_steps_behind_a_captions_end_change_nothing_before_it(name, multiple, le
 
 @pytest.mark.parametrize("multiple, wanted", [(1, [6, 3, 1, 1]), (2, [6, 4, 2, 2]), (4, [6, 4, 4, 4]), (8, [6] * 4)])
 def test_a_caption_that_has_ended_takes_no_step(multiple, wanted, monkeypatch):
-    monkeypatch.setattr(decoders, "ROWS", multiple)
+    monkeypatch.setattr(decoders, "ROW_MULTIPLE", multiple)
     decoder = LSTMDecoder(E, D).double()
     rows = []
     decoder.state_to_gates.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
@@ -721,3 +726,22 @@ def test_a_compiled_turn_changes_nothing(kind, lengths):
     for one, other in zip(plain, run(), strict=True):
         assert same(one, other, 1e-10)
     assert len(turns) == 1  # one turn, whatever its number
+
+
+def test_a_step_asks_the_fewest_images_and_places(monkeypatch):
+    def asked(lengths):
+        return [(block.images, block.queries) for block in decoders._Plan(3, 2, 4, lengths).blocks]
+
+    lengths = torch.tensor([[1, 0], [2, 4], [3, 1]])
+    assert asked(lengths) == [(3, 2)] * 4  # eight rows, or all
+    monkeypatch.setattr(decoders, "ROW_MULTIPLE", 1)
+    assert asked(lengths) == [(3, 2), (2, 2), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("kind", [LSTMDecoder, GRUDecoder])
+def test_the_turns_of_a_loop_share_their_layers(kind, monkeypatch):
+    made, linear = [], loops.linear
+    monkeypatch.setattr(loops, "linear", lambda layer: made.append(layer) or linear(layer))
+    decoder = kind(E, D).double()
+    decoder(some_words(), decoder.memory(some_annotations(B)))
+    assert len(made) == len(set(made)) >= 3
