@@ -132,7 +132,9 @@ def meet(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether a module does what its class says and nothing else, so that something may stand in for it."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    replaced = any(callable(getattr(kind, name, None)) for name in vars(module))  # a method of this one alone
+    return type(module) is kind and not hooked and not replaced
 
 
 def _dtype(like: Tensor) -> torch.dtype:

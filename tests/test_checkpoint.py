@@ -111,6 +111,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_it_opens_in_a_new_process_with_nothing_else(images, best, tmp_path):
     weights = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)

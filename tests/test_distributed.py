@@ -122,6 +122,7 @@ def uneven(scenes, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_halves_of_a_batch_train_as_the_whole(uneven, recipe, fit, tmp_path, monkeypatch):
     flags = ["--data.files.root", str(uneven), "--trainer.precision", "64-true", "--trainer.max_epochs", "1"]
     flags += [*FOREIGN, "--model.encoder.learns", "true", "--model.word_presence", "0.3"]
@@ -166,6 +167,7 @@ def test_validation_counts_each_image_once(recipe, best, tmp_path):
     assert first["scores"] == second["scores"] == pytest.approx(read(best).scores)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_process_meets_ends_both_with_one_sentence(scenes, recipe, tmp_path):
     shutil.copytree(scenes, tmp_path, dirs_exist_ok=True)
     (tmp_path / "train" / "000001.png").write_text("no picture")

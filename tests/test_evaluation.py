@@ -375,6 +375,7 @@ def test_its_help_fits_a_screen():
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_five_thousand_images_take_seconds(tmp_path):
     random = Random(0)
     words = [f"word{number}" for number in range(500)]

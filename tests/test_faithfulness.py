@@ -35,7 +35,8 @@ def model(attention="Additive", decoder=None, **settings):
 def score(captioner):
     annotations = Annotations(torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(2)), MASK)
     tokens = torch.tensor([[[BEGIN, 4, 5, 6, END]], [[BEGIN, 7, 8, 4, END]]])
-    logits, weights, _ = captioner(annotations, tokens)
+    with torch.no_grad():  # as captions are explained; with gradients turns may share work, which rounds otherwise
+        logits, weights, _ = captioner(annotations, tokens)
     return logits, weights
 
 

@@ -112,6 +112,7 @@ def test_any_word_can_be_drawn(text):
     assert picture.width > PANEL
 
 
+@pytest.mark.slow
 def test_drawn_without_a_display():
     # pyplot is what would look for a display.
     code = "import sys, captioner.overlay; assert 'matplotlib.pyplot' not in sys.modules"
