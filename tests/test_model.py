@@ -137,7 +137,7 @@ def test_an_embedding_begins_with_unit_variance_or_as_the_output_layer_needs_it(
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("name", KINDS)
+@every_kind
 def test_a_tied_embeddings_words_are_scaled_for_a_transformer_alone(name, tie_weights):
     model, seen = captioner(name, tie_weights=tie_weights), []
     step = model.decoder.step
