@@ -310,6 +310,8 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    # It prints the code that could not be compiled; the error, which is told, says why.
+    logging.getLogger("torch._inductor.scheduler").setLevel(logging.CRITICAL + 1)
 
 
 def check_files(args: Sequence[str]) -> None:

@@ -575,6 +575,7 @@ def captions_of(cli):
     return cli.model._captions, cli.model.scores
 
 
+@pytest.mark.slow
 def test_the_cnn_runs_once_per_image_and_not_at_all_in_the_second_run(fit, tmp_path):
     def images_seen(*flags):
         Counting.seen = 0

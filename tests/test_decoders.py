@@ -67,7 +67,6 @@ def test_forward_equals_step_word_by_word(name):
 @pytest.mark.parametrize(
     "multiple, lengths",
     [
-        (1, [[4, 1], [2, 3], [4, 4]]),
         (1, [[1, 0], [2, 4], [3, 1]]),  # the longest is not the first
         (2, [[1, 2], [0, 0], [0, 2]]),
         (8, [[0, 0], [0, 0], [0, 0]]),

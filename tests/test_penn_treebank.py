@@ -119,6 +119,7 @@ def test_tokens_of_every_character_are_those_of_java():
     assert_equal(captions, tokens_of_java(captions))
 
 
+@pytest.mark.slow
 @live
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="needs Flickr8k in ../shared")
 def test_tokens_of_flickr8k_are_those_of_java():
