@@ -274,9 +274,9 @@ def test_a_loop_of_one_turn_drops_what_an_unfinished_backward_pass_left():
 def test_after_a_backward_pass_a_loop_keeps_no_sums():
     layer, x = nn.Linear(H, A).double(), numbers(4, H)
     product = loops.linear(layer)(x)
-    turns = product.grad_fn.loop
+    loop = product.grad_fn.loop
     product.sum().backward()
-    assert not turns.inputs and not turns.gradients
+    assert not loop.inputs and not loop.gradients
 
 
 def test_a_bias_is_summed_in_its_own_precision():
