@@ -25,7 +25,7 @@ from captioner.decoders import Decoder, LSTMDecoder, State
 from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing, read_image
-from captioner.search import Hypothesis, beam_search
+from captioner.search import Hypothesis, Samples, beam_search, sample
 from captioner.tokens import detokenize
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
 
@@ -234,13 +234,17 @@ class Captioner(nn.Module):
         return logits, weights, gates
 
     def score_words(
-        self, annotations: Annotations, tokens: Tensor, need_weights: bool = True
+        self, annotations: Annotations, tokens: Tensor, need_weights: bool = True, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Do as :meth:`forward` does, but score no padding: the logits are (K, V), of the K tokens that are none.
 
+        With `lengths` (B, Q) these are the first so many tokens after ``<bos>`` of each caption, whatever their ids.
         Weights and gates mean nothing behind a caption's end.
         """
-        spoken = tokens[..., 1:] != PAD  # (B, Q, T)
+        if lengths is None:
+            spoken = tokens[..., 1:] != PAD  # (B, Q, T)
+        else:
+            spoken = torch.arange(tokens.size(-1) - 1, device=tokens.device) < lengths[..., None]
         # On a GPU the steps wait for each other and not for their rows, and asking it for lengths would stop them all.
         lengths = spoken.sum(-1) if tokens.device.type == "cpu" else None
         words = self.embed(tokens[..., :-1].flatten(0, 1))  # (B * Q, T, E)
@@ -278,6 +282,23 @@ class Captioner(nn.Module):
                 "learning rate."
             )
         return found
+
+    @torch.no_grad()
+    def sample(self, annotations: Annotations, *, samples: int, max_words: int = 20) -> Samples:
+        """Draw captions of B images, `samples` of each; see :func:`captioner.search.sample`.
+
+        They are drawn from the model as it stands: in training mode with its dropout.
+        """
+        memory = self.memory(annotations)
+        return sample(
+            lambda words, state: self.step(words, memory, state),
+            self.decoder.start(memory, samples),
+            len(annotations.values),
+            begin=BEGIN,
+            end=END,
+            samples=samples,
+            max_words=max_words,
+        )
 
     @torch.no_grad()
     def caption(

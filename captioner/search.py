@@ -1,6 +1,7 @@
 """Search: from a step function to captions. Knows neither model nor vocabulary.
 
-One vectorised search serves greedy decoding (a beam of one) and beam search, for all images of a batch at once.
+One vectorised search serves greedy decoding (a beam of one) and beam search, for all images of a batch at once; beside
+it captions are drawn at random.
 """
 
 from __future__ import annotations
@@ -136,3 +137,72 @@ def _worst_of_best(hypotheses: Sequence[Hypothesis], beam_size: int) -> float:
     if len(hypotheses) < beam_size:
         return -torch.inf
     return sorted((hypothesis.score for hypothesis in hypotheses), reverse=True)[beam_size - 1]
+
+
+class Samples(NamedTuple):
+    """Captions drawn at random, K of each of B images.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        (B, K, T) ids, without the begin token. Behind a caption's own tokens they mean nothing.
+    lengths : Tensor
+        (B, K) number of a caption's tokens, the end token counted if it was drawn.
+    log_probabilities : Tensor
+        (B, K) float64, natural logarithm of the probability of these tokens.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probabilities: Tensor
+
+
+@torch.no_grad()
+def sample(
+    step: StepFunction, start: State, images: int, *, begin: int, end: int, samples: int, max_words: int
+) -> Samples:
+    """Draw captions from the model's own distribution: nothing banned, nothing sharpened.
+
+    A caption that has not ended after `max_words` tokens is broken off there. No end is put to it, since its
+    probability would not be the model's. Torch's generator of the device decides.
+
+    Parameters
+    ----------
+    step : callable
+        As for :func:`beam_search`, with images * samples rows.
+    start : tuple of Tensor
+        The first state, images * samples rows each, image by image.
+    images : int
+        B, number of images.
+    begin, end : int
+        Ids of the tokens that open and close a caption.
+    samples : int
+        K, captions per image.
+    max_words : int
+        Most tokens of a caption, the end token counted.
+
+    Raises
+    ------
+    InputError
+        Where there is nothing to draw.
+
+    Returns
+    -------
+    Samples
+        T is the length of the longest one.
+    """
+    if samples < 1 or max_words < 1:
+        raise InputError(f"No caption can be drawn with samples {samples} and max_words {max_words}: give at least 1.")
+    state, words = start, torch.full((images * samples,), begin, device=start[0].device)
+    going = torch.ones_like(words, dtype=torch.bool)
+    lengths = torch.zeros_like(words)
+    totals = torch.zeros_like(words, dtype=torch.float64)
+    drawn: list[Tensor] = []
+    while len(drawn) < max_words and going.any():
+        log_probabilities, state = step(words, state)
+        words = torch.multinomial(log_probabilities.exp(), 1).squeeze(1)
+        totals += log_probabilities.gather(1, words[:, None]).squeeze(1) * going
+        lengths += going
+        going = going & (words != end)
+        drawn.append(words)
+    return Samples(*(part.view(images, samples, *part.shape[1:]) for part in (torch.stack(drawn, 1), lengths, totals)))

@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,11 @@ from captioner.errors import InputError
 from captioner.metrics import score_captions
 from captioner.model import Captioner, describe
 from captioner.objectives import CrossEntropy, WordPresence, average
+from captioner.self_critical import Reward, SelfCritical
 from captioner.tokens import detokenize
 from captioner.vocabulary import Vocabulary
+
+REWARD = "reward"  # where a checkpoint of self-critical training says by whose document frequencies it was rewarded
 
 
 class CaptioningTask(LightningModule):
@@ -56,8 +59,8 @@ class CaptioningTask(LightningModule):
         Share of values dropped from embeddings and from what the output layer reads.
     tie_weights : bool
         Use the embedding's matrix as the output layer's.
-    objective : CrossEntropy, optional
-        What is minimised; by default CrossEntropy without label smoothing.
+    objective : CrossEntropy or SelfCritical, optional
+        What is minimised; by default CrossEntropy without label smoothing. SelfCritical goes on from `initial_weights`.
     word_presence : float
         Weight of telling the captions' words from the regions alone, for an encoder that learns; see
         :class:`~captioner.objectives.WordPresence`.
@@ -95,7 +98,7 @@ class CaptioningTask(LightningModule):
         embedding_dim: int = 512,
         dropout: float = 0.0,
         tie_weights: bool = False,
-        objective: CrossEntropy | None = None,
+        objective: CrossEntropy | SelfCritical | None = None,
         word_presence: float = 0.0,
         learning_rate: float = 5e-4,
         encoder_learning_rate: float | None = None,
@@ -185,6 +188,11 @@ class CaptioningTask(LightningModule):
             return
         self._starts = False
         if self.initial_weights is None:
+            if isinstance(self.objective, SelfCritical):
+                raise InputError(
+                    "Self-critical training improves a captioner that cross-entropy has trained: give its checkpoint "
+                    "as model.initial_weights."
+                )
             self.captioner.encoder.load_weights()
             return
         contents = read(self.initial_weights)
@@ -254,12 +262,10 @@ class CaptioningTask(LightningModule):
         """Return the objective of a batch."""
         assert batch.tokens is not None
         annotations = self._annotations(batch)
-        logits, weights, _ = self.captioner.score_words(annotations, batch.tokens, self.objective.needs_weights)
-        loss = self.objective(logits, batch.tokens[..., 1:], weights, annotations.mask)
-        total: Tensor = loss.total
-        parts = {"cross_entropy": loss.cross_entropy}
-        if weights is not None:
-            parts["attention"] = loss.attention
+        if isinstance(self.objective, SelfCritical):
+            total, parts = self._self_critical(self.objective, annotations, batch)
+        else:
+            total, parts = self._cross_entropy(self.objective, annotations, batch.tokens)
         if self.presence is not None:
             parts["word_presence"] = self.presence(annotations, batch.tokens)
             total = total + self.word_presence * parts["word_presence"]
@@ -269,6 +275,33 @@ class CaptioningTask(LightningModule):
         self.log("train/loss", mean, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in zip(parts, means, strict=True)}, batch_size=size)
         return total
+
+    def _cross_entropy(
+        self, objective: CrossEntropy, annotations: Annotations, tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, weights, _ = self.captioner.score_words(annotations, tokens, objective.needs_weights)
+        loss = objective(logits, tokens[..., 1:], weights, annotations.mask)
+        parts = {"cross_entropy": loss.cross_entropy}
+        if weights is not None:
+            parts["attention"] = loss.attention
+        return loss.total, parts
+
+    def _self_critical(
+        self, objective: SelfCritical, annotations: Annotations, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.tokens is not None
+        loss = objective(self.captioner, annotations, batch.tokens, batch.image_ids, self.reward, self.max_words)
+        return loss.total, {"reward": loss.reward, "cross_entropy": loss.cross_entropy}
+
+    @cached_property
+    def reward(self) -> Reward[str | int]:
+        """What drawn captions of the training images are rewarded by."""
+        if self.data.flip:
+            raise InputError(
+                "Self-critical training rewards captions by those of the images as they are, and not mirrored: set "
+                "data.flip to false."
+            )
+        return Reward(self.data.references("train"), self.captioner.vocabulary)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the captions of the last round."""
@@ -367,6 +400,8 @@ class CaptioningTask(LightningModule):
         """Put the captioner under its own key, complete and free of code."""
         # Its tensors are those of Lightning's state dict, and torch writes a tensor that stands twice once.
         checkpoint[KEY] = pack(self.captioner.contents(self.scores))
+        if isinstance(self.objective, SelfCritical):
+            checkpoint[REWARD] = self.reward.document_frequencies.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the words from the file and see that its weights fit; nothing else of it is used.
@@ -405,6 +440,13 @@ class CaptioningTask(LightningModule):
                     "The checkpoint's optimiser has trained other parts than are to learn here: go on with the "
                     "encoder's learns, the encoder_learning_rate and the word_presence that it was trained with."
                 )
+            if isinstance(self.objective, SelfCritical) and REWARD in checkpoint:
+                fingerprint = self.reward.document_frequencies.fingerprint
+                if checkpoint[REWARD] != fingerprint:
+                    raise InputError(
+                        f"The checkpoint was rewarded by the document frequencies {checkpoint[REWARD]}, and those of "
+                        f"these training captions are {fingerprint}: go on with the captions that it was trained with."
+                    )
         self._starts = False
         # A head that serves training only may be in the file and not here, or the other way round.
         own, stored = self.state_dict(), checkpoint["state_dict"]

@@ -157,15 +157,18 @@ class ScoreLines(Callback):
     def __init__(self) -> None:
         super().__init__()
         self.started = time.monotonic()
-        self.losses: list[torch.Tensor] = []
+        self.watched = "loss"
+        self.values: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Keep the loss of a batch for the mean."""
+        """Keep the loss, or the reward, of a batch for the mean."""
         if trainer.is_global_zero:  # which prints it
-            self.losses.append(trainer.callback_metrics["train/loss"])
+            # Self-critical training has a loss that says nothing: its samples are held against each other.
+            self.watched = "reward" if "train/reward" in trainer.callback_metrics else "loss"
+            self.values.append(trainer.callback_metrics[f"train/{self.watched}"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch, the mean loss since the last line, the scores and the time since the start."""
+        """Print the epoch, the mean loss or reward since the last line, the scores and the time since the start."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
         scores = "  ".join(
@@ -173,10 +176,10 @@ class ScoreLines(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         )
-        loss = torch.stack(self.losses).mean().item() if self.losses else float("nan")
+        mean = torch.stack(self.values).mean().item() if self.values else float("nan")
         minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
-        self.losses = []
-        line = f"epoch {trainer.current_epoch + 1}  {minutes}:{seconds:02}  loss {loss:.3f}  {scores}"
+        self.values = []
+        line = f"epoch {trainer.current_epoch + 1}  {minutes}:{seconds:02}  {self.watched} {mean:.3f}  {scores}"
         Console().print(line, highlight=False, soft_wrap=True)
 
 

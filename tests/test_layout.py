@@ -26,11 +26,12 @@ LEVELS = {
         "cache_listing",
     ],
     2: ["model", "objectives", "datamodule", "evaluation"],
-    3: ["task", "overlay", "faithfulness", "report"],
-    4: ["training"],
-    5: ["demo"],
-    6: ["cli"],
-    7: ["__init__"],
+    3: ["self_critical", "overlay", "faithfulness", "report"],
+    4: ["task"],
+    5: ["training"],
+    6: ["demo"],
+    7: ["cli"],
+    8: ["__init__"],
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 
