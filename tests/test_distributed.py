@@ -142,7 +142,7 @@ def test_two_halves_of_a_batch_train_as_the_whole(uneven, recipe, fit, tmp_path,
 
     assert out.count("epoch 1") == out.count("CIDEr-D") / 2 == out.count("Checkpoint: ") == 1
     names = sorted(path.name for path in run.rglob("*") if path.is_file() and not path.name.startswith("events.out"))
-    assert names == ["best.ckpt", "config.yaml", "hparams.yaml", "last.ckpt", "metrics.csv"]
+    assert names == ["best.ckpt", "best.md", "config.yaml", "hparams.yaml", "last.ckpt", "metrics.csv"]
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_the_test_scores_what_caption_gives_with_the_same_beam(recipe, best, sce
     cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best)])
     scores, captions = scored_by_hand(best, scenes, "seen", beam_size=3)
     assert cli.model.scores == scores and cli.model.scored_images == 5
-    assert cli.model._captions == captions and len({*captions.values()}) > 1
+    assert cli.model.captions == captions and len({*captions.values()}) > 1
     logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     assert logged == pytest.approx({f"test/{name}": value for name, value in scores.items()}, rel=1e-6)
 
