@@ -1,4 +1,4 @@
-"""The model card beside a checkpoint: what the model is, how it was trained, how good it is, and what its limits are."""
+"""The model card beside a checkpoint: what the model is, how it was trained, how good it is, what its limits are."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def model_card(name: str, task: CaptioningTask, seconds: float) -> str:
         "Use": _use(name, task.captioner),
     }
     head = (
-        f"# {name}\n\nA captioner of images with visual attention: an encoder turns an image into annotation vectors, "
-        "one per region, and a decoder writes a caption word by word from them. Written by captioner "
-        f"{__version__} with torch {torch.__version__}.\n"
+        f"# {name}\n\nAn image captioner: an encoder turns an image into annotation vectors, one per region, from "
+        f"which a decoder writes a caption word by word. Written by captioner {__version__} with torch "
+        f"{torch.__version__}.\n"
     )
     return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
 
@@ -97,13 +97,16 @@ def _data(data: CaptionData) -> str:
         (data.splits[name], purpose, f"{len(data.records[name]):,}", f"{_captions(data, name):,}")
         for name, purpose in (("train", "training"), ("val", "validation"))
     ]
-    notes = [f"words that occur {data.minimum_count} times or more", f"captions cut after {data.max_words} words"]
+    notes = [
+        f"Training captions are cut after {data.max_words} words; a word that they hold fewer than "
+        f"{data.minimum_count} times is unknown."
+    ]
     if data.flip:
-        notes.append("each image mirrored half of the time, left and right exchanged in its captions")
+        notes.append("Each image is mirrored half of the time, with left and right exchanged in its captions.")
     if data.crop < 1:
-        notes.append(f"random parts of the images, of at least {data.crop:.0%} of their area")
+        notes.append(f"Random parts of the images are shown, of at least {data.crop:g} of their area.")
     table = _table(rows, ("split", "for", "images", "captions"))
-    return f"{type(data.files).__name__}{place}:\n\n{table}\n\nIn training {', '.join(notes)}."
+    return f"{type(data.files).__name__}{place}:\n\n{table}\n\n{' '.join(notes)}"
 
 
 def _captions(data: CaptionData, name: str) -> int:
@@ -119,8 +122,8 @@ def _recipe(task: CaptioningTask, seconds: float) -> Iterator[tuple[str, str]]:
         yield "word presence", f"{task.word_presence:g}"
     yield (
         "learning rate",
-        f"{task.learning_rate:g} at most, AdamW with weight decay {task.weight_decay:g}; it rises over "
-        f"{task.warmup:.0%} of the steps and falls along a cosine",
+        f"{task.learning_rate:g} at most, AdamW with weight decay {task.weight_decay:g}; it rises over a "
+        f"share of {task.warmup:g} of the steps and falls along a cosine",
     )
     if task.encoder_learning_rate is not None:
         yield "the encoder's", f"{task.encoder_learning_rate:g} at most"
@@ -138,7 +141,7 @@ def _recipe(task: CaptioningTask, seconds: float) -> Iterator[tuple[str, str]]:
     if task.initial_weights is not None:
         given = Path(task.initial_weights)
         yield "initial weights", given.name if given.is_absolute() else given.as_posix()
-    yield "training time so far", f"{timedelta(seconds=round(seconds))} hours, validation included"
+    yield "training time so far", f"{timedelta(seconds=round(seconds))} (h:mm:ss), validation included"
 
 
 def _scores(task: CaptioningTask) -> str:
@@ -158,7 +161,7 @@ def _scores(task: CaptioningTask) -> str:
         f"times 100, with 95 % intervals from {RESAMPLES:,} bootstrap samples of the images.{chosen}\n\n"
         f"{_table(rows, ('', 'score', '95 % interval'))}\n\n"
         f"{found.distinct:,} of the {found.captions:,} captions differ. They use {found.vocabulary:,} words in all and "
-        f"{found.mean_length:.1f} on average; {found.bad_endings:.1%} break off (on a, with the)."
+        f"{found.mean_length:.1f} on average; {100 * found.bad_endings:.1f} % break off (on a, with the)."
     )
 
 
@@ -166,8 +169,8 @@ def _limits(task: CaptioningTask) -> str:
     words = len(task.captioner.vocabulary.words)
     limits = (
         f"It writes in the language and the style of its training captions, with their {words:,} words and no others.",
-        "It was measured on images of the same source as those that it learnt from, and on no others; nor was it "
-        "measured apart for any group of people, place or thing.",
+        "Nothing is known of images of other sources than those above, nor was anything measured for some people, "
+        "places or things apart.",
         "The scores compare captions with people's by their words, cut into tokens by rules for English. They do not "
         "say whether a caption is true. A wrong caption reads as sure as a right one.",
         "What it says of people in photographs, such as their sex, age or doing, repeats how annotators guessed from "

@@ -18,7 +18,8 @@ def write(path: Path, text: str) -> None:
     """
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        # Half characters, such as a file's name may hold, stand in JSON as its own escapes.
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

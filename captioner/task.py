@@ -175,17 +175,21 @@ class CaptioningTask(LightningModule):
             raise InputError("CaptioningTask takes its vocabulary and references from CaptionData: give datamodule=.")
         return data
 
+    def check_settings(self, stage: str) -> None:
+        """Refuse what is of the test only in "fit" and "validate".
+
+        Raises
+        ------
+        InputError
+            Where there is such a setting.
+        """
+        for name, given in {"ensemble": self.ensemble, "results": self.results}.items():
+            if given and stage != "test":
+                raise InputError(f"model.{name} is of `captioner test` only: leave it out of `captioner {stage}`.")
+
     def setup(self, stage: str) -> None:
-        """Refuse what is of the test only, and see that the test's captions can be written."""
-        if stage != "test":
-            for name, given in {"ensemble": self.ensemble, "results": self.results}.items():
-                if given:
-                    raise InputError(f"model.{name} is of `captioner test` only: leave it out of {stage}.")
-        elif self.results is not None:
-            check_writable(Path(self.results))
-            read_here = [path for path in (self.trainer.ckpt_path, *self.ensemble) if path is not None]
-            if Path(self.results).resolve() in [Path(path).resolve() for path in read_here]:
-                raise InputError(f"{self.results} of model.results is a checkpoint to test: write to another file.")
+        """Refuse settings of another stage."""
+        self.check_settings(TrainerFn(stage).value)
 
     def configure_model(self) -> None:
         """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
@@ -315,7 +319,11 @@ class CaptioningTask(LightningModule):
         self.captions = {}
 
     def on_test_epoch_start(self) -> None:
-        """Open the other members of the ensemble, and forget the captions of the last round."""
+        """See that the captions can be written, open the other members, and forget the captions of the last round."""
+        if self.results is not None:
+            check_writable(Path(self.results))
+            if Path(self.results).resolve() in [Path(path).resolve() for path in self._checkpoints]:
+                raise InputError(f"{self.results} of model.results is a checkpoint to test: write to another file.")
         self._members = Ensemble.open(self.captioner, self.ensemble)
         self._files = {record.image_id: record.path for record in self.data.records["test"]}
         self.captions = {}
@@ -329,6 +337,11 @@ class CaptioningTask(LightningModule):
         assert self._members is not None
         annotations = self._members.annotate(lambda preprocessing: self._pixels(batch, preprocessing))
         self._keep(batch, self._members.search(annotations, beam_size=self.beam_size, **self._limits))
+
+    @property
+    def _checkpoints(self) -> list[str | Path]:
+        own = self.trainer.ckpt_path  # none where a model is tested as it is
+        return [path for path in (own, *self.ensemble) if path is not None]
 
     @property
     def _limits(self) -> dict[str, Any]:
@@ -364,7 +377,7 @@ class CaptioningTask(LightningModule):
             [record for record in self.data.records["test"] if record.image_id in self.captions],
         )
         self.captions = {image_id: self.captions[image_id] for image_id in references.records}
-        source = Path(self.trainer.ckpt_path or "the model")
+        source = Path([*self._checkpoints, "the model"][0])
         self.evaluation = evaluate_captions(references, [(source, self.captions)])
         self._note("test", self.evaluation.systems[0].scores)
         if self.results is not None and self.trainer.is_global_zero:

@@ -141,6 +141,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard in one folder per run, unless the configuration names loggers of its own."""
+        self.model.check_settings(self.subcommand)
         if resumed := self._get(self.config_init, "ckpt_path"):
             checkpoint.read(resumed)  # before anything is built: it must be there, and ours
         if self._get(self.config_init, "trainer.logger") in (None, True):
