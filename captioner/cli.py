@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.errors import InputError
+from captioner.output_files import check_writable, write
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +234,7 @@ def _caption(args: Sequence[str]) -> int:
 
     paths = find_images(options.paths)
     if options.output is not None:
-        _check_writable(options.output)
+        check_writable(options.output)
     if options.overlay is not None:
         _make_folder(options.overlay)
     model = _open(options)
@@ -272,7 +273,7 @@ def _caption(args: Sequence[str]) -> int:
                         ) from error
             progress.advance(bar, len(paths[first : first + 32]))
     if options.output is not None:
-        _write(options.output, "".join(lines))
+        write(options.output, "".join(lines))
     if failures:
         print(f"captioner: {failures} of {len(paths)} images could not be read.", file=sys.stderr)
     return 1 if failures else 0
@@ -286,25 +287,6 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
         seen[path.stem] += 1
         names[path] = f"{path.stem}.png" if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}.png"
     return names
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
-
-
-def _check_writable(path: Path) -> None:
-    """See before the work, and not after it, that its result can be written."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else f"{folder} is no folder in which files can be made"
-        raise InputError(f"The file {path} cannot be written, since {reason}: write elsewhere.")
 
 
 def _make_folder(path: Path) -> None:
@@ -365,7 +347,7 @@ def _faithfulness(args: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     options = parser.parse_args(args[1:])
     if options.json is not None:
-        _check_writable(options.json)
+        check_writable(options.json)
 
     from captioner import annotation_files
 
@@ -378,7 +360,7 @@ def _faithfulness(args: Sequence[str]) -> int:
     report = measure(model, records, beam_size=options.beam_size, seed=options.seed)
     print_report(report, options.split)
     if options.json is not None:
-        _write(options.json, json.dumps(report._asdict(), indent=2) + "\n")
+        write(options.json, json.dumps(report._asdict(), indent=2) + "\n")
     return 0
 
 
@@ -407,7 +389,7 @@ def _score(args: Sequence[str]) -> int:
         raise InputError(f"{len(options.results)} files of results are too many: give one, or two to compare.")
     read = [path for path in (options.references, options.train, *options.results) if path is not None]
     for number, path in enumerate(written := [path for path in (options.json, options.per_image) if path is not None]):
-        _check_writable(path)
+        check_writable(path)
         if path.resolve() in [other.resolve() for other in (*read, *written[:number])]:
             raise InputError(f"The file {path} is named twice: write to one of its own.")
 
@@ -428,9 +410,9 @@ def _score(args: Sequence[str]) -> int:
     )
     # The files first: who reads our output may stop reading.
     if options.json is not None:
-        _write(options.json, json.dumps(as_json(evaluation), indent=2, ensure_ascii=False) + "\n")
+        write(options.json, json.dumps(as_json(evaluation), indent=2, ensure_ascii=False) + "\n")
     if options.per_image is not None:
-        _write(options.per_image, "".join(per_image(evaluation)))
+        write(options.per_image, "".join(per_image(evaluation)))
     for line in remarks(evaluation):
         print(f"captioner: {line}", file=sys.stderr)
     # A file or a pipe has no width: lines are not broken for it.

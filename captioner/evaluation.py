@@ -63,7 +63,18 @@ class ReferenceCaptions(NamedTuple):
         InputError
             If the file cannot be read, or no image in it has a reference.
         """
-        records = {record.image_id: record for record in open_captions(path).records(split)}
+        return cls.of(path, split, open_captions(path).records(split))
+
+    @classmethod
+    def of(cls, path: Path, split: str | None, images: Sequence[CaptionedImage]) -> ReferenceCaptions:
+        """Take the captions of images, which came from a path, as references.
+
+        Raises
+        ------
+        InputError
+            If no image has one.
+        """
+        records = {record.image_id: record for record in images}
         captioned = {image_id: record for image_id, record in records.items() if record.captions}
         if not captioned:
             raise InputError(f"{path} has no reference: give a file of captions.")
@@ -112,7 +123,7 @@ class System(NamedTuple):
     Attributes
     ----------
     path : Path
-        The file of results.
+        The file of results, or the checkpoint that gave them.
     captions : dict
         The caption of each image, in the order of the references.
     scores : dict
@@ -198,8 +209,30 @@ def evaluate(
         If a file cannot be read, or if it captions an image twice, one without references, or not all that have some:
         a score over a part of the images compares with nothing.
     """
-    given = [match(read_results(path), references, path) for path in paths]
-    tokens = [{image_id: ptb_tokenize(caption) for image_id, caption in captions.items()} for captions in given]
+    given = [(path, match(read_results(path), references, path)) for path in paths]
+    return evaluate_captions(references, given, training=training, with_meteor=with_meteor, seed=seed)
+
+
+def evaluate_captions(
+    references: ReferenceCaptions,
+    systems: Sequence[tuple[Path, dict[ImageId, str]]],
+    *,
+    training: TrainingCaptions | None = None,
+    with_meteor: bool = False,
+    seed: int = 0,
+) -> Evaluation:
+    """Score the captions of one or two systems; see `evaluate`.
+
+    Parameters
+    ----------
+    references
+        What they are scored against.
+    systems
+        Where each came from, and its caption of each image of the references, in their order.
+    training, with_meteor, seed
+        As for `evaluate`.
+    """
+    tokens = [{image_id: ptb_tokenize(caption) for image_id, caption in captions.items()} for _, captions in systems]
     scores = [score_tokens(references.tokens, one) for one in tokens]
     names = list(scores[0])
     values = resample([one[name] for one in scores for name in names], seed=seed)
@@ -219,14 +252,14 @@ def evaluate(
         training,
         [
             System(
-                path=paths[index],
-                captions=given[index],
+                path=path,
+                captions=captions,
                 scores=scores[index],
                 intervals={name: interval(values[:, index, n]) for n, name in enumerate(names)},
                 diversity=diversity([*tokens[index].values()], known),
                 empty=[image_id for image_id, caption in tokens[index].items() if not caption],
             )
-            for index in range(len(paths))
+            for index, (path, captions) in enumerate(systems)
         ],
         comparisons,
         diversity([captions[0] for captions in references.tokens.values()], known),

@@ -25,7 +25,7 @@ from captioner.decoders import Decoder, LSTMDecoder, State
 from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing, read_image
-from captioner.search import Hypothesis, Samples, beam_search, sample
+from captioner.search import Hypothesis, Samples, StepFunction, beam_search, sample
 from captioner.tokens import detokenize
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
 
@@ -96,6 +96,35 @@ def _part(name: str) -> type:
             "it."
         )
     return PARTS[name]
+
+
+def find_captions(
+    step: StepFunction, start: State, images: int, *, beam_size: int, max_words: int, length_penalty: float
+) -> list[list[Hypothesis]]:
+    """Search captions of word ids; see :func:`captioner.search.beam_search`. ``<unk>`` is never said.
+
+    Raises
+    ------
+    InputError
+        Where an image has no caption, since the log-probabilities are not numbers.
+    """
+    found = beam_search(
+        step,
+        start,
+        images,
+        begin=BEGIN,
+        end=END,
+        beam_size=beam_size,
+        max_words=max_words,
+        length_penalty=length_penalty,
+        banned=(PAD, UNKNOWN),
+    )
+    if not all(found):
+        raise InputError(
+            "The model's word scores are not numbers, since its training diverged: train it again at a lower "
+            "learning rate."
+        )
+    return found
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
@@ -263,25 +292,16 @@ class Captioner(nn.Module):
     def search(
         self, annotations: Annotations, *, beam_size: int = 5, max_words: int = 20, length_penalty: float = 0.7
     ) -> list[list[Hypothesis]]:
-        """Find captions of B images; see :func:`captioner.search.beam_search`. ``<unk>`` is never said."""
+        """Find captions of B images; see :func:`find_captions`."""
         memory = self.memory(annotations)
-        found = beam_search(
+        return find_captions(
             lambda words, state: self.step(words, memory, state),
             self.decoder.start(memory, beam_size),
             len(annotations.values),
-            begin=BEGIN,
-            end=END,
             beam_size=beam_size,
             max_words=max_words,
             length_penalty=length_penalty,
-            banned=(PAD, UNKNOWN),
         )
-        if not all(found):
-            raise InputError(
-                "The model's word scores are not numbers, since its training diverged: train it again at a lower "
-                "learning rate."
-            )
-        return found
 
     @torch.no_grad()
     def sample(self, annotations: Annotations, *, samples: int, max_words: int = 20) -> Samples:

@@ -1,4 +1,7 @@
-"""Captions that a system gave for images, in the files that such systems write: COCO results, JSON lines, CSV."""
+"""Captions that a system gave for images, in the files that such systems write: COCO results, JSON lines, CSV.
+
+Ours are COCO results.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple
 
 from captioner.annotation_files import read_text
 from captioner.errors import InputError
+from captioner.output_files import write
 
 IMAGE_KEYS = ("image_id", "image", "file_name")  # in this order, where a record has several
 
@@ -56,6 +60,19 @@ def read_results(path: Path) -> list[Result]:
     else:
         records = _csv(path, text)
     return [_result(where, record) for where, record in records]
+
+
+def write_results(path: Path, captions: Mapping[str | int, str]) -> None:
+    """Write a COCO results file of the caption of each image, whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    records = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
+    # A record in each line, which people can read and compare.
+    write(path, "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n")
 
 
 def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:

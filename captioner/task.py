@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,16 @@ from captioner.checkpoint import KEY, pack, read, unpack
 from captioner.datamodule import Batch, CaptionData
 from captioner.decoders import Decoder, LSTMDecoder
 from captioner.encoders import Encoder, ForeignEncoder
+from captioner.ensemble import Ensemble
 from captioner.errors import InputError
-from captioner.metrics import score_captions
+from captioner.evaluation import Evaluation, ReferenceCaptions, evaluate_captions
+from captioner.images import Preprocessing, read_image
+from captioner.metrics import Score, score_captions
 from captioner.model import Captioner, describe
 from captioner.objectives import CrossEntropy, WordPresence, average
+from captioner.output_files import check_writable
+from captioner.results import write_results
+from captioner.search import Hypothesis
 from captioner.self_critical import Reward, SelfCritical
 from captioner.tokens import detokenize
 from captioner.vocabulary import Vocabulary
@@ -83,6 +89,21 @@ class CaptioningTask(LightningModule):
     initial_weights : Path, optional
         A checkpoint of a captioner of the same sizes and words, whose weights training starts from: first the decoder,
         then both. A run that goes on from --ckpt_path does not read it.
+    ensemble : Path or list of Path, optional
+        Of the test, and refused elsewhere: further checkpoints, with which the tested one chooses each word by their
+        mean probability. Their words must be the same, all else may differ.
+    results : Path, optional
+        Of the test, and refused elsewhere: where to write the captions that were scored, as a COCO results file for
+        `captioner score`.
+
+    Attributes
+    ----------
+    scored : dict of str to Score
+        What the last validation or test of all images gave.
+    captions : dict
+        What was scored, by image.
+    evaluation : Evaluation or None
+        What the last test gave, with intervals.
 
     Raises
     ------
@@ -109,6 +130,8 @@ class CaptioningTask(LightningModule):
         max_words: int = 20,
         compile: bool = False,
         initial_weights: Path | None = None,
+        ensemble: list[Path] | Path | None = None,
+        results: Path | None = None,
     ) -> None:
         super().__init__()
         for name, rate in {"learning_rate": learning_rate, "encoder_learning_rate": encoder_learning_rate}.items():
@@ -132,8 +155,13 @@ class CaptioningTask(LightningModule):
         self.model: Captioner | None = None
         self._starts = False  # built, and with no weights from anywhere yet
         self.presence: WordPresence | None = None
+        self.ensemble = [ensemble] if isinstance(ensemble, str | Path) else list(ensemble or ())
+        self.results = results
+        self._members: Ensemble | None = None
         self.scores: dict[str, float] = {}
-        self._captions: dict[str | int, str] = {}
+        self.scored: dict[str, Score] = {}
+        self.captions: dict[str | int, str] = {}
+        self.evaluation: Evaluation | None = None
 
     @property
     def captioner(self) -> Captioner:
@@ -149,6 +177,22 @@ class CaptioningTask(LightningModule):
         if not isinstance(data, CaptionData):
             raise InputError("CaptioningTask takes its vocabulary and references from CaptionData: give datamodule=.")
         return data
+
+    def check_settings(self, stage: str) -> None:
+        """Refuse what is of the test only in "fit" and "validate".
+
+        Raises
+        ------
+        InputError
+            Where there is such a setting.
+        """
+        for name, given in {"ensemble": self.ensemble, "results": self.results}.items():
+            if given and stage != "test":
+                raise InputError(f"model.{name} is of `captioner test` only: leave it out of `captioner {stage}`.")
+
+    def setup(self, stage: str) -> None:
+        """Refuse settings of another stage."""
+        self.check_settings(TrainerFn(stage).value)
 
     def configure_model(self) -> None:
         """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
@@ -305,50 +349,88 @@ class CaptioningTask(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the captions of the last round."""
-        self._captions = {}
+        self.captions = {}
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """See that the captions can be written, open the other members, and forget the captions of the last round."""
+        if self.results is not None:
+            check_writable(Path(self.results))
+            if Path(self.results).resolve() in [Path(path).resolve() for path in self._checkpoints]:
+                raise InputError(f"{self.results} of model.results is a checkpoint to test: write to another file.")
+        self._members = Ensemble.open(self.captioner, self.ensemble)
+        self._files = {record.image_id: record.path for record in self.data.records["test"]}
+        self.captions = {}
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Caption a batch greedily."""
-        self._decode(batch, beam_size=1)
+        self._keep(batch, self.captioner.search(self._annotations(batch), beam_size=1, **self._limits))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Caption a batch with the beam."""
-        self._decode(batch, beam_size=self.beam_size)
+        assert self._members is not None
+        annotations = self._members.annotate(lambda preprocessing: self._pixels(batch, preprocessing))
+        self._keep(batch, self._members.search(annotations, beam_size=self.beam_size, **self._limits))
 
-    def _decode(self, batch: Batch, beam_size: int) -> None:
-        found = self.captioner.search(
-            self._annotations(batch),
-            beam_size=beam_size,
-            max_words=self.max_words,
-            length_penalty=self.length_penalty,
-        )
+    @property
+    def _checkpoints(self) -> list[str | Path]:
+        own = self.trainer.ckpt_path  # none where a model is tested as it is
+        return [path for path in (own, *self.ensemble) if path is not None]
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"max_words": self.max_words, "length_penalty": self.length_penalty}
+
+    def _pixels(self, batch: Batch, preprocessing: Preprocessing) -> Tensor:
+        """Return a test batch's images as a member of the ensemble wants them."""
+        assert batch.images is not None
+        if preprocessing == self.data.preprocessing:
+            return batch.images
+        opened = [read_image(self._files[image_id]) for image_id in batch.image_ids]
+        return torch.stack([preprocessing.pixels(image) for image in opened]).to(self.device)
+
+    def _keep(self, batch: Batch, found: Sequence[Sequence[Hypothesis]]) -> None:
         for image_id, hypotheses in zip(batch.image_ids, found, strict=True):
-            self._captions[image_id] = detokenize(self.captioner.vocabulary.decode(hypotheses[0].tokens))
+            self.captions[image_id] = detokenize(self.captioner.vocabulary.decode(hypotheses[0].tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Score the captions of all images against their raw references."""
-        self._score("val")
+        self._gather()
+        references = self.data.references("val")
+        wanted = {image_id: references[image_id] for image_id in self.captions}
+        self._note("val", score_captions(wanted, self.captions))
 
     def on_test_epoch_end(self) -> None:
-        """Score the captions of all images against their raw references."""
-        self._score("test")
+        """Score the captions of all images against their raw references, with intervals, and write them if asked to."""
+        self._members = None
+        self._gather()
+        split = self.data.splits["test"]
+        references = ReferenceCaptions.of(
+            Path(str(self.data.files).replace("{split}", split)),
+            split,
+            [record for record in self.data.records["test"] if record.image_id in self.captions],
+        )
+        self.captions = {image_id: self.captions[image_id] for image_id in references.records}
+        source = Path([*self._checkpoints, "the model"][0])
+        self.evaluation = evaluate_captions(references, [(source, self.captions)])
+        self._note("test", self.evaluation.systems[0].scores)
+        if self.results is not None and self.trainer.is_global_zero:
+            write_results(Path(self.results), self.captions)
 
-    def _score(self, name: str) -> None:
-        captions = self._captions
+    def _gather(self) -> None:
+        """Give the captions of all processes to each of them."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, captions)
+            torch.distributed.all_gather_object(gathered, self.captions)
             # By image: one that a sampler gave to two processes to make their shares equal counts once.
-            captions = {image_id: caption for part in gathered for image_id, caption in part.items()}
-        references = self.data.references(name)
-        scores = score_captions({image_id: references[image_id] for image_id in captions}, captions)
+            self.captions = {image_id: caption for part in gathered for image_id, caption in part.items()}
+
+    def _note(self, name: str, scores: dict[str, Score]) -> None:
+        self.scored = scores
         self.scores = {metric: score.corpus for metric, score in scores.items()}
         for metric, value in self.scores.items():
             # The same figure in every process; Lightning warns where none is asked to see to that.
             self.log(f"{name}/{metric}", value, prog_bar=metric == "CIDEr-D", sync_dist=True)
-        self.scored_images = len(captions)
+        self.scored_images = len(self.captions)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with a warm-up and a cosine, stepped with every batch."""

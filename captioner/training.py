@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from captioner import checkpoint
 from captioner.cache_folder import in_gigabytes, say
 from captioner.datamodule import CaptionData
 from captioner.errors import InputError
+from captioner.model_card import write_card
+from captioner.report import remarks, show
 from captioner.task import CaptioningTask
 
 MONITOR = "val/CIDEr-D"
@@ -63,11 +66,44 @@ class Parser(LightningArgumentParser):
 
 
 class BestAndLast(ModelCheckpoint):
-    """Lightning's, which writes last.ckpt only together with a new best: too old to go on from after a plateau."""
+    """Lightning's, which writes last.ckpt only together with a new best: too old to go on from after a plateau.
+
+    Beside each best checkpoint stands its model card.
+    """
+
+    _seconds_before = 0.0  # of training, in the runs that this one goes on from
+    _started: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to measure the time."""
+        super().on_train_start(trainer, pl_module)
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long the model has been trained, validation included."""
+        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the time, too."""
+        return {**super().state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the time of the run that this one goes on from."""
+        super().load_state_dict(state_dict)
+        self._seconds_before = state_dict.get("seconds", 0.0)  # which earlier releases did not keep
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if self._last_global_step_saved == trainer.global_step and trainer.is_global_zero:  # it has written one
+            assert isinstance(trainer.lightning_module, CaptioningTask)
+            write_card(Path(self._last_checkpoint_saved), trainer.lightning_module, self.seconds)
         self._last_global_step_saved = trainer.global_step  # what it asks before it writes last.ckpt
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            Path(filepath).with_suffix(".md").unlink(missing_ok=True)
 
 
 class TrainingCLI(LightningCLI):
@@ -105,6 +141,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard in one folder per run, unless the configuration names loggers of its own."""
+        self.model.check_settings(self.subcommand)
         if resumed := self._get(self.config_init, "ckpt_path"):
             checkpoint.read(resumed)  # before anything is built: it must be there, and ours
         if self._get(self.config_init, "trainer.logger") in (None, True):
@@ -218,11 +255,28 @@ def train(args: Sequence[str]) -> TrainingCLI:
             if path:  # none after a run without validation
                 print_scores(checkpoint.read(path).scores, f"Best of {cli.datamodule.splits['val']}, greedy")
                 Console().print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
+        elif cli.subcommand == "validate":
+            split = cli.datamodule.splits["val"]
+            print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam 1")
         else:
-            beam = cli.model.beam_size if cli.subcommand == "test" else 1
-            split = cli.datamodule.splits["test" if cli.subcommand == "test" else "val"]
-            print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam {beam}")
+            _print_test(cli.model, cli.trainer)
     return cli
+
+
+def _print_test(task: CaptioningTask, trainer: Trainer) -> None:
+    if task.evaluation is None:
+        raise InputError("The test had no image: set trainer.limit_test_batches higher.")
+    for line in remarks(task.evaluation):
+        print(f"captioner: {line}", file=sys.stderr)
+    members = f"mean probability of {1 + len(task.ensemble)} models, " if task.ensemble else ""
+    say(
+        f"{task.evaluation.references.split}, {task.scored_images:,} images, {members}beam {task.beam_size}, length "
+        f"penalty {task.length_penalty:g}, precision {trainer.precision}"
+    )
+    # A file or a pipe has no width: lines are not broken for it.
+    show(task.evaluation, Console(width=None if sys.stdout.isatty() else 160))
+    if task.results is not None:
+        say(f"Captions: {task.results}")
 
 
 def build_caches(args: Sequence[str]) -> None:

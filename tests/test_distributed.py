@@ -16,6 +16,7 @@ from test_annotation_cache import FOREIGN
 import captioner
 from captioner.checkpoint import read
 from captioner.task import CaptioningTask
+from captioner.training import train
 
 # Runs the command line, and has each process note what it ends with.
 SCRIPT = """\
@@ -142,7 +143,7 @@ def test_two_halves_of_a_batch_train_as_the_whole(uneven, recipe, fit, tmp_path,
 
     assert out.count("epoch 1") == out.count("CIDEr-D") / 2 == out.count("Checkpoint: ") == 1
     names = sorted(path.name for path in run.rglob("*") if path.is_file() and not path.name.startswith("events.out"))
-    assert names == ["best.ckpt", "config.yaml", "hparams.yaml", "last.ckpt", "metrics.csv"]
+    assert names == ["best.ckpt", "best.md", "config.yaml", "hparams.yaml", "last.ckpt", "metrics.csv"]
 
 
 @pytest.mark.slow
@@ -165,6 +166,17 @@ def test_validation_counts_each_image_once(recipe, best, tmp_path):
     first, second, out = in_two("validate", recipe, tmp_path, "--ckpt_path", str(best))
     assert first["images"] == 9 and "val, 9 images" in out  # an odd number: the sampler gives one of them twice
     assert first["scores"] == second["scores"] == pytest.approx(read(best).scores)
+
+
+@pytest.mark.slow
+def test_two_processes_test_an_ensemble_and_write_its_captions_once(recipe, best, tmp_path):
+    flags = ["--ckpt_path", str(best), "--model.ensemble", str(best), "--model.results", str(tmp_path / "found.json")]
+    first, second, out = in_two("test", recipe, tmp_path, *flags)
+    one = train(["test", "--config", str(recipe), "--ckpt_path", str(best)])
+    assert first["images"] == 5 and out.count("seen, 5 images, mean probability of 2 models") == 1
+    assert first["scores"] == second["scores"] == pytest.approx(one.model.scores)
+    records = json.loads((tmp_path / "found.json").read_text())
+    assert {record["image_id"]: record["caption"] for record in records} == one.model.captions
 
 
 @pytest.mark.slow

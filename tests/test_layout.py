@@ -13,7 +13,7 @@ import captioner
 PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
     -1: ["errors", "loops", "penn_treebank"],
-    0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint", "cache_folder"],
+    0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint", "cache_folder", "output_files"],
     1: [
         "metrics",
         "results",
@@ -26,12 +26,13 @@ LEVELS = {
         "cache_listing",
     ],
     2: ["model", "objectives", "datamodule", "evaluation"],
-    3: ["self_critical", "overlay", "faithfulness", "report"],
+    3: ["self_critical", "ensemble", "overlay", "faithfulness", "report"],
     4: ["task"],
-    5: ["training"],
-    6: ["demo"],
-    7: ["cli"],
-    8: ["__init__"],
+    5: ["model_card"],
+    6: ["training"],
+    7: ["demo"],
+    8: ["cli"],
+    9: ["__init__"],
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 

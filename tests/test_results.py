@@ -3,7 +3,7 @@ import json
 import pytest
 
 from captioner.errors import InputError
-from captioner.results import Result, read_results
+from captioner.results import Result, read_results, write_results
 
 TEXT = 'a "dog"; two\u2028cats,\r\n\x0b\x0c\x85 é ünd 한글 😀'
 RECORDS = [{"image_id": 42, "caption": TEXT}, {"image_id": "b.jpg", "caption": ""}]
@@ -22,6 +22,14 @@ def quoted(text):
 def test_coco_results(tmp_path, ascii_only):
     path = write(tmp_path / "results.json", json.dumps(RECORDS, ensure_ascii=ascii_only, indent=1))
     assert read_results(path) == [Result(42, TEXT), Result("b.jpg", "")]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, {42: TEXT, "b.jpg": ""})
+    assert json.loads(path.read_text(encoding="utf-8")) == RECORDS
+    assert read_results(path) == [Result(42, TEXT), Result("b.jpg", "")]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_lines(tmp_path):

@@ -14,10 +14,14 @@ from captioner.attention import Additive, Attention
 from captioner.checkpoint import read
 from captioner.decoders import LSTMDecoder
 from captioner.encoders import SmallCNN
+from captioner.ensemble import Ensemble
 from captioner.errors import InputError
+from captioner.evaluation import ReferenceCaptions, evaluate
+from captioner.images import read_image
 from captioner.metrics import score_captions
 from captioner.model import Captioner
 from captioner.task import CaptioningTask
+from captioner.tokens import detokenize
 from captioner.training import train
 from captioner.vocabulary import Vocabulary
 
@@ -34,9 +38,76 @@ def test_the_test_scores_what_caption_gives_with_the_same_beam(recipe, best, sce
     cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best)])
     scores, captions = scored_by_hand(best, scenes, "seen", beam_size=3)
     assert cli.model.scores == scores and cli.model.scored_images == 5
-    assert cli.model._captions == captions and len({*captions.values()}) > 1
+    assert cli.model.captions == captions and len({*captions.values()}) > 1
     logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     assert logged == pytest.approx({f"test/{name}": value for name, value in scores.items()}, rel=1e-6)
+
+
+def test_the_test_says_how_sure_its_scores_are_as_the_score_command_does(recipe, best, scenes, tmp_path):
+    results = tmp_path / "results.json"
+    cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best), "--model.results", str(results)])
+    references = ReferenceCaptions.read(scenes / "captions_seen.json")
+    told, (found,) = evaluate(references, [results]), cli.model.evaluation.systems
+    (system,) = told.systems
+    assert (found.captions, found.intervals, found.diversity) == (system.captions, system.intervals, system.diversity)
+    assert {name: score.corpus for name, score in system.scores.items()} == cli.model.scores
+    assert cli.model.evaluation.human == told.human and cli.model.evaluation.fingerprint == told.fingerprint
+
+
+@pytest.fixture(scope="module")
+def larger(fit):
+    """A checkpoint of the same words with another encoder, for larger images, and another decoder."""
+    flags = ["--model.encoder.size", "48", "--trainer.max_epochs", "4", "--seed_everything", "3"]
+    flags += ["--model.decoder", "GRUDecoder", "--model.decoder.attention", "Additive"]
+    cli = fit(*flags, "--model.decoder.attention.dim", "16", "--model.decoder.hidden_dim", "24")
+    return Path(cli.trainer.checkpoint_callback.best_model_path)
+
+
+def test_an_ensemble_is_tested_on_what_each_member_sees(recipe, best, larger, scenes):
+    cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best), "--model.ensemble", str(larger)])
+    records = COCOCaptions(scenes, "captions_{split}.json", "{split}", ("seen",)).read("seen")
+    members = [Captioner.from_checkpoint(path) for path in (best, larger)]
+    assert [member.preprocessing.size for member in members] == [32, 48]
+    ensemble = Ensemble(members)
+    images = [read_image(record.path) for record in records]
+    annotations = ensemble.annotate(lambda given: torch.stack([given.pixels(image) for image in images]))
+    found = ensemble.search(annotations, beam_size=3)
+    captions = [detokenize(members[0].vocabulary.decode(hypotheses[0].tokens)) for hypotheses in found]
+    assert list(cli.model.captions.values()) == captions
+    for path in (best, larger):
+        assert captions != [each.text for each in Captioner.from_checkpoint(path).caption(images, beam_size=3)]
+
+
+def test_an_ensemble_of_a_checkpoint_and_itself_changes_nothing(recipe, best, scenes):
+    both = f"[{best}, {best}]"
+    cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best), "--model.ensemble", both])
+    assert cli.model.scores == scored_by_hand(best, scenes, "seen", beam_size=3)[0]
+
+
+@pytest.mark.parametrize("setting", ["ensemble", "results"])
+def test_what_is_of_the_test_is_refused_elsewhere(setting, recipe, best, tmp_path):
+    flags = ["--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), f"--model.{setting}", str(best)]
+    for command, more in (("fit", []), ("validate", ["--ckpt_path", str(best)])):
+        with pytest.raises(InputError, match=f"model.{setting} .*leave it out of `captioner {command}`"):
+            train([command, *flags, *more])
+    task = CaptioningTask(SmallCNN(size=32, width=4), **{setting: best})
+    with pytest.raises(InputError, match=f"model.{setting}"):
+        task.setup("fit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_never_replace_a_checkpoint_and_are_refused_before_the_work(recipe, best, larger, tmp_path):
+    flags = ["test", "--config", str(recipe), "--ckpt_path", str(best), "--model.ensemble", str(larger)]
+    before = larger.read_bytes()
+    for results, said in ((larger, "is a checkpoint"), (best, "is a checkpoint"), (tmp_path / "no" / "x", "cannot be")):
+        with pytest.raises(InputError, match=said):
+            train([*flags, "--model.results", str(results)])
+    assert larger.read_bytes() == before
+
+
+def test_a_test_of_no_image_says_so(recipe, best):
+    with pytest.raises(InputError, match="limit_test_batches"):
+        train(["test", "--config", str(recipe), "--ckpt_path", str(best), "--trainer.limit_test_batches", "0"])
 
 
 def test_validation_scores_what_caption_gives_greedily(recipe, run, best, scenes):

@@ -1,6 +1,7 @@
 """The training command line, in-process: what it writes, how it goes on, and what it says of a mistake."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_a_run_writes_checkpoints_scores_and_its_configuration(run, best, last):
     assert best.name == "best.ckpt" and last.name == "last.ckpt" and best.parent == last.parent
     assert {"config.yaml", "metrics.csv"} <= {path.name for path in folder.iterdir()}
     assert any(path.name.startswith("events.out") for path in folder.iterdir())
-    assert sorted(path.name for path in best.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in best.parent.iterdir()) == ["best.ckpt", "best.md", "last.ckpt"]
 
 
 def test_the_last_checkpoint_is_that_of_the_last_validation(fit):
@@ -44,8 +45,14 @@ def test_the_last_checkpoint_is_that_of_the_last_validation(fit):
 def test_the_saved_configuration_runs_the_test(best, capsys):
     assert main(["test", "--config", str(best.parent.parent / "config.yaml"), "--ckpt_path", str(best)]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "" and "seen, 5 images, beam 3 (times 100)" in captured.out
-    assert captured.out.count("CIDEr-D") == 1  # one table, ours
+    assert captured.err == "" and captured.out.startswith(
+        "seen, 5 images, beam 3, length penalty 0.7, precision 32-true\n"
+    )
+    rows = [line.split() for line in captured.out.splitlines() if line.split()]
+    (cider,) = (row for row in rows if row[0] == "CIDEr-D")  # one table, ours
+    score, low, high = map(float, re.fullmatch(r"(.*)\[(.*),(.*)\]", "".join(cider[1:])).groups())
+    assert low < score < high
+    assert {"distinct", "vocabulary", "mean", "bad"} <= {row[0] for row in rows}
 
 
 def test_what_a_user_reads(recipe, tmp_path, capsys):

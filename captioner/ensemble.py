@@ -1,0 +1,181 @@
+"""An ensemble: several captioners of the same words that write one caption, each word by their mean probability.
+
+Shapes: B images, Q hypotheses per image, M members, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from captioner.attention import Annotations
+from captioner.checkpoint import read
+from captioner.decoders import State
+from captioner.encoders import Encoder, ForeignEncoder
+from captioner.errors import InputError
+from captioner.images import Preprocessing
+from captioner.model import Captioner, describe, find_captions
+from captioner.search import Hypothesis
+from captioner.vocabulary import Vocabulary
+
+# What decides how an encoder came by its tensors, and not what it makes of an image.
+OF_TRAINING = ("weights", "learns", "recompute")
+
+
+class Ensemble:
+    """Captioners that choose every word together.
+
+    Their encoders, bridges, attentions and decoders may differ. Members whose encoders are the same share one look at
+    the image.
+
+    Parameters
+    ----------
+    captioners : sequence of Captioner
+        The M members, in evaluation mode and on one device. The first leads: its attention is the ensemble's.
+
+    Raises
+    ------
+    InputError
+        Where there is none, or they do not give the same ids to the same words.
+    """
+
+    def __init__(self, captioners: Sequence[Captioner]) -> None:
+        if not captioners:
+            raise InputError("An ensemble of no captioners says nothing: give one at least.")
+        for number, member in enumerate(captioners, 1):
+            if member.vocabulary != captioners[0].vocabulary:
+                raise _other_words(f"Captioner {number} of the ensemble", member.vocabulary)
+        self.captioners = list(captioners)
+        encoders = [member.encoder for member in captioners]
+        # For each member the first one whose annotations are also its own.
+        self._looks = [
+            next(first for first, other in enumerate(encoders) if _same(encoder, other)) for encoder in encoders
+        ]
+
+    @classmethod
+    def open(cls, first: Captioner, paths: Sequence[str | Path]) -> Ensemble:
+        """Open checkpoints as the members beside a first one, on its device and in its precision.
+
+        Parameters
+        ----------
+        first : Captioner
+            The one that leads. A member with a foreign encoder of the same class gets a copy of the first one's module,
+            filled with its own tensors.
+        paths : sequence of str or Path
+            The checkpoints.
+
+        Raises
+        ------
+        InputError
+            Where a file is missing, damaged or not ours, its words are others, or it needs another foreign encoder.
+        """
+        return cls([first, *(_open_beside(first, path) for path in paths)])
+
+    @torch.no_grad()
+    def annotate(self, pixels: Callable[[Preprocessing], Tensor]) -> list[Annotations]:
+        """Return the annotations of B images for each of the M members.
+
+        Parameters
+        ----------
+        pixels : callable
+            Gives the images (B, 3, S, S) as a preprocessing makes them, uint8, where the members are. It is called once
+            for each encoder that differs from those before it.
+        """
+        seen: dict[int, Annotations] = {}
+        for look in self._looks:
+            if look not in seen:
+                member = self.captioners[look]
+                seen[look] = member.annotate(pixels(member.preprocessing))
+        return [seen[look] for look in self._looks]
+
+    @torch.no_grad()
+    def search(
+        self,
+        annotations: Sequence[Annotations],
+        *,
+        beam_size: int = 5,
+        max_words: int = 20,
+        length_penalty: float = 0.7,
+    ) -> list[list[Hypothesis]]:
+        """Find captions of B images; see :meth:`Captioner.search`.
+
+        A hypothesis's log-probability is the sum over its words of the logarithm of the members' mean probability.
+
+        Parameters
+        ----------
+        annotations : sequence of Annotations
+            Of the B images, for each of the M members.
+        beam_size, max_words, length_penalty
+            As for :meth:`Captioner.search`.
+        """
+        members = [(member, member.memory(each)) for member, each in zip(self.captioners, annotations, strict=True)]
+        starts = [member.decoder.start(memory, beam_size) for member, memory in members]
+        # The search knows one state only: those of the members, one behind the other.
+        ends = torch.tensor([len(start) for start in starts]).cumsum(0).tolist()
+        parts = [slice(end - len(start), end) for start, end in zip(starts, ends, strict=True)]
+
+        def step(words: Tensor, state: State) -> tuple[Tensor, State]:
+            steps = [
+                member.step(words, memory, state[part]) for (member, memory), part in zip(members, parts, strict=True)
+            ]
+            log_probabilities = torch.stack([one for one, _ in steps])  # (M, B * Q, V)
+            mean = log_probabilities.logsumexp(0) - math.log(len(steps))
+            return mean, tuple(tensor for _, state in steps for tensor in state)
+
+        return find_captions(
+            step,
+            tuple(tensor for start in starts for tensor in start),
+            len(annotations[0].values),
+            beam_size=beam_size,
+            max_words=max_words,
+            length_penalty=length_penalty,
+        )
+
+
+def _open_beside(first: Captioner, path: str | Path) -> Captioner:
+    contents = read(path)
+    vocabulary = Vocabulary(contents.words)
+    if vocabulary != first.vocabulary:
+        raise _other_words(path, vocabulary)
+    name, encoder = contents.settings["encoder"].get("module"), None
+    if name is not None:
+        if not isinstance(first.encoder, ForeignEncoder) or first.encoder.module_name != name:
+            raise InputError(
+                f"{path} needs an encoder of its author's, {name}, which is not that of the ensemble's first model: "
+                "let a model with that encoder be the first, or leave this one out."
+            )
+        encoder = copy.deepcopy(first.encoder.module)
+    try:
+        member = Captioner.from_contents(contents, encoder=encoder)
+    except InputError as error:
+        raise InputError(f"{path} cannot join the ensemble: {error}") from error
+    return member.to(first.embedding.weight)  # its device and its precision
+
+
+def _other_words(who: str | Path, vocabulary: Vocabulary) -> InputError:
+    return InputError(
+        f"{who} knows {len(vocabulary.words)} words, but not those of the ensemble's first model: give checkpoints "
+        "that were trained on the same captions with the same minimum_count."
+    )
+
+
+def _same(one: Encoder, other: Encoder) -> bool:
+    """Tell whether two encoders make the same of an image: their settings and their tensors are equal."""
+    if one is other:
+        return True
+    settings = [
+        {name: value for name, value in describe(encoder).items() if name not in OF_TRAINING}
+        | ({"module": [encoder.module_name, repr(encoder.module)]} if isinstance(encoder, ForeignEncoder) else {})
+        for encoder in (one, other)
+    ]
+    tensors, others = one.state_dict(), other.state_dict()
+    return (
+        settings[0] == settings[1]
+        and tensors.keys() == others.keys()
+        and all(torch.equal(value, others[name]) for name, value in tensors.items())
+    )

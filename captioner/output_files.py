@@ -1,0 +1,40 @@
+"""Files that a command leaves to its user: written whole or not at all, and refused before the work if they cannot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from captioner.errors import InputError
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        # Half characters, such as a file's name may hold, stand in JSON as its own escapes.
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
+
+
+def check_writable(path: Path) -> None:
+    """See before the work, and not after it, that its result can be written.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is no folder in which files can be made"
+        raise InputError(f"The file {path} cannot be written, since {reason}: write elsewhere.")

@@ -1,0 +1,189 @@
+"""The ensemble: the laws of a mean of probabilities, which images its members look at, and who may be a member."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_model import captioner, every_kind, one_sentence, some_images
+from torch import nn
+from variants import KINDS, some_annotations
+
+from captioner.checkpoint import KEY, pack, read
+from captioner.encoders import ForeignEncoder, SmallCNN
+from captioner.ensemble import Ensemble
+from captioner.errors import InputError
+from captioner.model import Captioner
+from captioner.vocabulary import BEGIN, Vocabulary
+
+LSTM, GRU = "LSTM-Additive-before-fed-gate-deep-mean", "GRU-Additive-before"
+TRANSFORMER = "Transformer-sinusoidal-pre"
+
+
+def member(name, seed=0, **settings):
+    """A captioner in float64 whose bridge, decoder and words are its own, and the encoder that of all."""
+    model = captioner(name, **settings).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in (model.decoder, model.output):
+            for parameter in part.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).mul(0.5))
+    return model
+
+
+def found_by(searcher, annotations, **settings):
+    return searcher.search(annotations, beam_size=3, max_words=6, **settings)
+
+
+def save(model, path):
+    torch.save({KEY: pack(model.contents())}, path)
+    return path
+
+
+# The mean
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@every_kind
+def test_one_captioner_however_often_is_itself(name, times):
+    model, annotations = captioner(name).double(), some_annotations(3)
+    alone, together = found_by(model, annotations), found_by(Ensemble([model] * times), [annotations] * times)
+    for one, other in zip(alone, together, strict=True):
+        assert [hypothesis.tokens for hypothesis in one] == [hypothesis.tokens for hypothesis in other]
+        for a, b in zip(one, other, strict=True):
+            assert (a.log_probability, a.score) == pytest.approx((b.log_probability, b.score), abs=1e-12)
+
+
+@pytest.mark.parametrize("names", [(LSTM, LSTM), (LSTM, GRU), (TRANSFORMER, LSTM, GRU)], ids=len)
+def test_a_log_probability_is_that_of_the_mean_probabilities_word_by_word(names):
+    assert set(names) <= set(KINDS)
+    models = [member(name, seed) for seed, name in enumerate(names)]
+    annotations = [some_annotations(2, seed) for seed in range(len(models))]
+    together = found_by(Ensemble(models), annotations)
+    for image, hypotheses in enumerate(together):
+        for tokens, log_probability, score in hypotheses:
+            ids = torch.tensor([[[BEGIN, *tokens]]])
+            probabilities = []
+            for model, each in zip(models, annotations, strict=True):
+                with torch.no_grad():
+                    logits, _, _ = model(each._replace(values=each.values[image : image + 1]), ids)
+                probabilities.append(logits.softmax(-1).gather(-1, ids[..., 1:, None]).flatten())
+            total = torch.stack(probabilities).mean(0).log().sum().item()
+            assert log_probability == pytest.approx(total, abs=1e-9)
+            assert score == pytest.approx(total / len(tokens) ** 0.7, abs=1e-9)
+    for model, each in zip(models, annotations, strict=True):  # no member decides alone
+        assert found_by(model, each) != together
+
+
+def test_the_order_of_the_members_decides_nothing():
+    models, annotations = [member(LSTM, 1), member(GRU, 2)], [some_annotations(3, seed) for seed in (1, 2)]
+    one = found_by(Ensemble(models), annotations, length_penalty=0.0)
+    other = found_by(Ensemble(models[::-1]), annotations[::-1], length_penalty=0.0)
+    assert [[hypothesis.tokens for hypothesis in image] for image in one] == [
+        [hypothesis.tokens for hypothesis in image] for image in other
+    ]
+
+
+# Its eyes
+
+
+def looks(models, images):
+    """The annotations for each member, and the preprocessing of each look at the images."""
+    seen = []
+
+    def pixels(preprocessing):
+        seen.append(preprocessing)
+        return torch.stack([preprocessing.pixels(image) for image in images])
+
+    return Ensemble(models).annotate(pixels), seen
+
+
+def test_members_with_the_same_encoder_share_a_look(tmp_path):
+    model, images = captioner(encoder=SmallCNN(size=16, width=2)), some_images(2)
+    again = Captioner.from_checkpoint(save(model, tmp_path / "again.ckpt"))
+    other = copy.deepcopy(again)
+    with torch.no_grad():
+        next(other.encoder.parameters())[0] += 0.1
+    annotations, seen = looks([model, again, other, again], images)
+    assert len(seen) == 2 and annotations[0] is annotations[1] is annotations[3]
+    assert torch.equal(annotations[0].values, again.annotate(stacked(again, images)).values)
+    assert torch.equal(annotations[2].values, other.annotate(stacked(other, images)).values)
+    assert not torch.equal(annotations[0].values, annotations[2].values)
+
+
+def test_each_encoder_sees_the_images_as_it_was_trained_to():
+    """The tensors are equal here, and what an image goes through before them is not."""
+    first, images = captioner(), some_images(2)
+    settings = first.preprocessing
+    second = copy.deepcopy(first)
+    second.encoder.preprocessing = replace(settings, fit="crop")
+    assert second.preprocessing != settings
+    annotations, seen = looks([first, second], images)
+    assert seen == [first.preprocessing, second.preprocessing]
+    for model, each in zip((first, second), annotations, strict=True):
+        assert torch.equal(each.values, model.annotate(stacked(model, images)).values)
+
+
+def test_a_frozen_and_a_learning_encoder_of_the_same_tensors_share_a_look():
+    first = captioner()
+    second = copy.deepcopy(first)
+    second.encoder.learns = not first.encoder.learns
+    assert len(looks([first, second], some_images(1))[1]) == 1
+
+
+def stacked(model, images):
+    return torch.stack([model.preprocessing.pixels(image) for image in images])
+
+
+# Its members
+
+
+def test_a_foreign_members_encoder_is_a_copy_filled_with_its_own_tensors(tmp_path):
+    first = captioner()
+    assert isinstance(first.encoder, ForeignEncoder)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.encoder.module.convolution.weight.mul_(2)
+    before = first.encoder.module.convolution.weight.clone()
+    ensemble = Ensemble.open(first.double(), [save(second, tmp_path / "second.ckpt")])
+    opened = ensemble.captioners[1]
+    assert torch.equal(first.encoder.module.convolution.weight, before.double())
+    assert torch.equal(opened.encoder.module.convolution.weight, 2 * before.double())
+    assert opened.device == first.device and opened.embedding.weight.dtype == torch.float64 and not opened.training
+
+
+class Other(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 6, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (lambda: captioner(vocabulary=Vocabulary(["red", "ball"])), "second.ckpt knows 2 words.*minimum_count"),
+        (lambda: captioner(encoder=Other()), "second.ckpt needs an encoder .*test_ensemble:Other"),
+    ],
+)
+def test_who_cannot_join_is_said_in_one_sentence(second, said, tmp_path):
+    path = save(second(), tmp_path / "second.ckpt")
+    with pytest.raises(InputError, match=said) as error:
+        Ensemble.open(captioner(), [path])
+    assert one_sentence(error)
+
+
+def test_a_damaged_member_is_named(tmp_path):
+    contents = captioner().contents()
+    tensors = {name: value for name, value in contents.tensors.items() if not name.startswith("output")}
+    torch.save({KEY: pack(contents._replace(tensors=tensors))}, tmp_path / "second.ckpt")
+    assert read(tmp_path / "second.ckpt").words
+    with pytest.raises(InputError, match="second.ckpt cannot join the ensemble: .*do not fit"):
+        Ensemble.open(captioner(), [tmp_path / "second.ckpt"])
+
+
+def test_captioners_of_other_words_and_none_at_all_are_refused():
+    with pytest.raises(InputError, match="Captioner 2 of the ensemble knows 2 words") as error:
+        Ensemble([captioner(), captioner(vocabulary=Vocabulary(["red", "ball"]))])
+    assert one_sentence(error)
+    with pytest.raises(InputError, match="no captioners") as error:
+        Ensemble([])
+    assert one_sentence(error)
