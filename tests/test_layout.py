@@ -15,6 +15,7 @@ LEVELS = {
     -1: ["errors", "loops", "penn_treebank"],
     0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint", "cache_folder"],
     1: [
+        "study",
         "metrics",
         "results",
         "vocabulary",
@@ -26,9 +27,9 @@ LEVELS = {
         "cache_listing",
     ],
     2: ["model", "objectives", "datamodule", "evaluation"],
-    3: ["task", "overlay", "faithfulness", "report"],
-    4: ["training"],
-    5: ["demo"],
+    3: ["task", "overlay", "faithfulness", "report", "study_results"],
+    4: ["training", "study_table"],
+    5: ["demo", "study_runs"],
     6: ["cli"],
     7: ["__init__"],
 }
@@ -92,6 +93,7 @@ def python(code):
         ".results",
         ".evaluation",
         ".scenes",
+        ".study",
         ".cache_listing",
         ".cli",
     ],
