@@ -196,7 +196,6 @@ def make(runs: Sequence[Run], output: Path, perform: Perform | None = None) -> b
             say(f"{run.name} failed: {error}")
         finally:
             lock.release()
-        gc.collect()  # a captioner and its trainer refer to each other
     return not failed
 
 
@@ -236,6 +235,7 @@ def train_and_caption(run: Run) -> tuple[Result, References]:
     InputError
         Where a setting or a file cannot be used, or there was no validation.
     """
+    gc.collect()  # the last run's captioner and trainer, which refer to each other
     logs, checkpoints = run.folder / "logs", run.folder / "checkpoints"
     for folder in (logs, checkpoints):  # of a run that was interrupted
         shutil.rmtree(folder, ignore_errors=True)

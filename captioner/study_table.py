@@ -96,7 +96,7 @@ class Report(NamedTuple):
             f"{min(result.made for result in results)} to {max(result.made for result in results)}.",
             "Scores are times 100, means over the seeds. Their 95 % intervals are over images alone: "
             f"{RESAMPLES:,} bootstrap samples, the same for all rows. What seeds change is not in them: the last "
-            "column has the lowest and the highest CIDEr-D of the seeds; a difference that is no larger may be a seed's.",
+            "column has the lowest and the highest CIDEr-D of the seeds; a difference that is no larger may be theirs.",
             f"Difference: CIDEr-D less that of {self.study.reference}, paired by image. A row is higher or lower where "
             "its interval leaves out 0, each row by itself: of twenty rows that are equally good, one is by chance.",
             "Uniform costs: CIDEr-D that is lost when the same captioner's weights are made uniform. Entropy: of the "
@@ -164,7 +164,10 @@ def draw(report: Report, path: Path) -> None:
         places += [end + 1 + number for number, _ in enumerate(lines)]
         end = places[-1] + 1.5
 
-    width, per_row, above, below, left, right = 6.5, 0.2, 0.1, 0.72, 2.5, 0.15  # inches
+    names = [line.row.name for line in report.lines]
+    # Inches; a letter of 8 points is some 0.065 wide.
+    width, per_row, above, below, right = 6.5, 0.2, 0.1, 0.72, 0.15
+    left = 0.065 * max(map(len, names)) + 0.35
     height = above + below + end * per_row
     figure = Figure(figsize=(width, height), dpi=300, facecolor="white")
     canvas: Any = FigureCanvasAgg(figure)  # without types in matplotlib; needs neither pyplot nor a display
@@ -181,29 +184,30 @@ def draw(report: Report, path: Path) -> None:
 
     labels = blended_transform_factory(figure.transFigure, axes.transData)
     for place, heading in headings:
-        axes.text(0.01, place, heading, transform=labels, fontsize=8, weight="bold", va="center", color=INK)
+        axes.text(0.01, place, heading, transform=labels, fontsize=8, weight="bold", va="center_baseline", color=INK)
     for line, place in zip(report.lines, places, strict=True):
         is_reference = line.row.name == report.study.reference
         low, high = 100 * line.cider_d.low, 100 * line.cider_d.high
         if is_reference:
             axes.axvspan(low, high, color=BAND, linewidth=0, zorder=0.5)
+            axes.axvline(100 * line.cider_d.value, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)))
         axes.hlines(place, low, high, color=INK, linewidth=1.2)
         if len(line.each) > 1:
             axes.plot([100 * one for one in line.each], [place] * len(line.each), "|", color=INK, markersize=8)
         told = is_reference or report.verdict(line) in ("higher", "lower")
         face = INK if told else "white"
         axes.plot(100 * line.cider_d.value, place, "D" if is_reference else "o", ms=5, mec=INK, mfc=face, zorder=3)
-        axes.text(0.03, place, line.row.name, transform=labels, fontsize=8, va="center", color=INK)
+        axes.text(0.03, place, line.row.name, transform=labels, fontsize=8, va="center_baseline", color=INK)
 
     def key(marker: str, face: str, label: str) -> Line2D:
         return Line2D([], [], marker=marker, ms=5, mec=INK, mfc=face, linestyle="", label=label)
 
-    keys = [
-        key("D", INK, report.study.reference),
-        Patch(color=BAND, label="its interval"),
+    keys: list[Line2D | Patch] = [
         key("o", INK, "differs from it"),
         key("o", "white", "not told apart"),
         key("|", INK, "each seed"),
     ]
+    if report.study.reference in names:
+        keys = [key("D", INK, report.study.reference), Patch(color=BAND, label="its interval"), *keys]
     figure.legend(handles=keys, loc="lower center", ncols=len(keys), fontsize=8, frameon=False, handletextpad=0.4)
     canvas.print_png(path)

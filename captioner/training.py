@@ -268,6 +268,11 @@ def settings(args: Sequence[str]) -> dict[str, Any]:
 
 
 class _SettingsCLI(TrainingCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Leave out what there is no need to know."""
+        return {"fit": TrainingCLI.subcommands()["fit"]}
+
     def _set_seed(self) -> None:
         """Seed nothing, since nothing is drawn."""
 
