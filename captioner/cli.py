@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ Captions images, and shows where each word came from.
   captioner cache                 build, list and clear the cached annotations of frozen encoders
   captioner score                 score any system's captions, and compare two systems
   captioner faithfulness          measure whether a checkpoint uses its attention
+  captioner study                 train every row of a table, and see what each kind of attention is worth
 
   captioner COMMAND --help        the options of a command
 """
@@ -83,6 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "faithfulness": _faithfulness,
         "score": _score,
         "cache": _cache,
+        "study": _study,
     }
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -418,6 +421,34 @@ def _score(args: Sequence[str]) -> int:
     # A file or a pipe has no width: lines are not broken for it.
     show(evaluation, Console(width=None if sys.stdout.isatty() else 160))
     return 0
+
+
+def _study(args: Sequence[str]) -> int:
+    parser = _parser(
+        "study", "Train every row of a table with one budget, score them all, and show what each is worth."
+    )
+    parser.epilog = (
+        "Other flags are those of captioner fit and hold in every run, such as --data.files.root data/flickr8k. Runs "
+        "that are done are not made again: a command that was stopped goes on, and two on one folder share the runs."
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="such as configs/study.yaml")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/study"), metavar="DIR", help="where all goes (default %(default)s)"
+    )
+    parser.add_argument("--table-only", action="store_true", help="train nothing: make the table of what is there")
+    options, flags = parser.parse_known_args(args[1:])
+
+    from captioner.study import Study
+
+    study = Study.read(options.config)
+
+    from captioner.study_runs import make, plan, tabulate
+
+    complete = options.table_only or make(
+        plan(study, options.output, flags, shlex.join(["captioner", *args])), options.output
+    )
+    tabulate(study, options.output)
+    return 0 if complete else 1
 
 
 def _demo(args: Sequence[str]) -> int:

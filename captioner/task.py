@@ -291,7 +291,7 @@ class CaptioningTask(LightningModule):
                 len(files),
                 dataset=f"{type(data.files).__name__} in {files[0].parent}",
                 split=data.splits[name],
-                encoder=_in_words(encoder, settings["precision"]),
+                encoder=in_words(encoder, settings["precision"]),
                 view="mirrored" if mirrored else "upright",
             )
             compute = partial(self._annotate_all, name, mirrored)
@@ -613,7 +613,7 @@ class CaptioningTask(LightningModule):
         checkpoint["state_dict"] = {name: trained.get(tensor.data_ptr(), tensor) for name, tensor in averaged.items()}
 
 
-def _in_words(encoder: Encoder, precision: str) -> str:
+def in_words(encoder: Encoder, precision: str) -> str:
     """Return an encoder's settings for people, such as "ResNet, depth 50, stage 4, crop 224, 32-true"."""
     name = encoder.module_name if isinstance(encoder, ForeignEncoder) else type(encoder).__name__
     unsaid = ("class", "preprocessing", "learns", "recompute")

@@ -301,6 +301,45 @@ def build_caches(args: Sequence[str]) -> None:
             say(f"Complete: {cache.folder}, {len(cache):,} images, {in_gigabytes(cache.nbytes)}")
 
 
+def settings(args: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that flags of `fit` give, so far as they differ from the defaults; nothing is built.
+
+    Parameters
+    ----------
+    args : sequence of str
+        The flags of `fit`.
+
+    Returns
+    -------
+    dict
+        Nested, plain JSON.
+
+    Raises
+    ------
+    InputError
+        Where a setting or a configuration file cannot be used.
+    """
+    cli = _run(_SettingsCLI, ["fit", *args], None)
+    given: dict[str, Any] = yaml.safe_load(cli._parser("fit").dump(cli.config["fit"], skip_default=True))
+    return given
+
+
+class _SettingsCLI(TrainingCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Leave out what there is no need to know."""
+        return {"fit": TrainingCLI.subcommands()["fit"]}
+
+    def _set_seed(self) -> None:
+        """Seed nothing, since nothing is drawn."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
 class _CacheCLI(TrainingCLI):
     def before_fit(self) -> None:
         """See that there is something to build."""

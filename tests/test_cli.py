@@ -44,7 +44,7 @@ def test_an_unknown_command_names_the_known_ones(capsys):
     assert main(["capton"]) == 2 and "choose from fit, validate, test, caption" in one_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["caption", "demo", "faithfulness"])
+@pytest.mark.parametrize("command", ["caption", "demo", "faithfulness", "study"])
 def test_a_commands_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from captioner import study_runs
 from captioner.cli import main
+from captioner.training import settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SEVERAL_GPUS = (ROOT / "docs" / "several_gpus.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README + SEVERAL_GPUS, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner fit" in line]
+STUDIES = [line for block in BLOCKS for line in block.splitlines() if "captioner study" in line]
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = [path for path in FILES if path.name != "study.yaml"]  # which is laid over one, see test_study.py
 FLAGS = re.findall(r"^\|[^|]*\| `(--[^`]*)`", README, re.MULTILINE)
 
 
@@ -27,18 +32,18 @@ def print_config(args, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_each_recipe_is_understood(recipe, capsys):
     assert "encoder" in print_config(["fit", "--config", str(recipe)], capsys)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", FILES, ids=lambda path: path.name)
 def test_each_recipe_says_what_it_is_for(recipe):
     header = "".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
     assert all(word in header for word in ("Purpose", "Command", "Time", "Reached"))
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_each_decoder_and_bridge_is_laid_over_each_recipe(recipe, capsys):
     parts = {path.parent.name: [] for path in PARTS}
     for path in PARTS:
@@ -63,6 +68,18 @@ def test_each_fit_command_is_understood(command, capsys, monkeypatch):
     print_config(words[words.index("captioner") + 1 :], capsys)
 
 
+@pytest.mark.parametrize("command", STUDIES)
+def test_each_study_command_is_understood(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    given = []
+    monkeypatch.setattr(study_runs, "plan", lambda study, output, flags, _: given.append((*study.flags, *flags)))
+    monkeypatch.setattr(study_runs, "make", lambda runs, output: True)
+    monkeypatch.setattr(study_runs, "tabulate", lambda study, output: None)
+    words = shlex.split(command)
+    assert main(words[words.index("captioner") + 1 :]) == 0
+    assert settings(given[0])["data"]["files"]["init_args"]["root"] == "data/flickr8k"
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 def test_each_flag_is_understood(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -70,4 +87,4 @@ def test_each_flag_is_understood(flags, capsys, monkeypatch):
 
 
 def test_there_are_commands_and_flags_to_test():
-    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5
+    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5 and STUDIES
