@@ -103,7 +103,7 @@ def scores_of(cli):
 
 def test_each_of_several_best_checkpoints_has_its_own_and_takes_it_along(fit):
     flags = ["--checkpoint.save_top_k", "2", "--checkpoint.filename", "best-{epoch}", "--early_stopping.patience", "99"]
-    cli = fit("--trainer.max_epochs", "4", *flags)
+    cli = fit("--trainer.max_epochs", "3", *flags)
     folder = Path(cli.trainer.checkpoint_callback.best_model_path).parent
     kept = sorted(path.stem for path in folder.glob("best-*.ckpt"))
     assert len(kept) == 2 and sorted(path.stem for path in folder.glob("*.md")) == kept

@@ -57,7 +57,7 @@ def test_the_test_says_how_sure_its_scores_are_as_the_score_command_does(recipe,
 @pytest.fixture(scope="module")
 def larger(fit):
     """A checkpoint of the same words with another encoder, for larger images, and another decoder."""
-    flags = ["--model.encoder.size", "48", "--trainer.max_epochs", "4", "--seed_everything", "3"]
+    flags = ["--model.encoder.size", "48", "--trainer.max_epochs", "2", "--seed_everything", "3"]
     flags += ["--model.decoder", "GRUDecoder", "--model.decoder.attention", "Additive"]
     cli = fit(*flags, "--model.decoder.attention.dim", "16", "--model.decoder.hidden_dim", "24")
     return Path(cli.trainer.checkpoint_callback.best_model_path)
