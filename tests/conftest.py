@@ -1,10 +1,15 @@
 """A data set of drawn scenes, a recipe for it, and one run: what the tests of training and its command line share."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from captioner.scenes import write_scenes
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: each of the test processes has a core, and threads that wait for each other only cost.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from captioner.scenes import write_scenes  # noqa: E402
 
 RECIPE = """\
 trainer:
