@@ -254,7 +254,7 @@ def train_and_caption(run: Run) -> tuple[Result, References]:
     model.load_state_dict(unpack(saved, best).tensors)
     model.to(cli.trainer.strategy.root_device).eval()
     search = {"beam_size": task.beam_size, "max_words": task.max_words, "length_penalty": task.length_penalty}
-    with torch.no_grad(), cli.trainer.precision_plugin.forward_context():  # as `captioner test` does
+    with cli.trainer.precision_plugin.forward_context():  # as `captioner test` does
         found = caption(model, _batches(cli), **search)
     every, encoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
     result = Result(
@@ -298,6 +298,7 @@ class Captioned(NamedTuple):
     grid: tuple[int, int] | None
 
 
+@torch.no_grad()
 def caption(model: Captioner, batches: Iterable[tuple[list[ImageId], Annotations]], **search: Any) -> Captioned:
     """Caption images as trained and with uniform weights.
 
