@@ -25,7 +25,7 @@ from captioner.faithfulness import measure
 from captioner.model import Captioner, describe
 from captioner.study import Row, Study
 from captioner.study_results import Result, _like
-from captioner.study_runs import Run, caption, make, plan, tabulate, train_and_caption
+from captioner.study_runs import Run, caption, given_by, make, plan, tabulate, train_and_caption
 from captioner.vocabulary import BEGIN, Vocabulary
 
 FORK = multiprocessing.get_context("fork")  # which has torch imported
@@ -343,7 +343,7 @@ def one(recipe, scenes, tmp_path):
     flags = ("--config", str(recipe), "--trainer.max_epochs", "6", "--trainer.check_val_every_n_epoch", "2")
     row = Row("additive", "score function", (3,), ())
     records = COCOCaptions(scenes, "captions_{split}.json", "{split}", ("val",)).read("val")
-    return Run(row, 3, tmp_path / "run", flags, {"x": 1}, "captioner study"), records
+    return Run(row, 3, tmp_path / "run", flags, given_by(flags), "captioner study"), records
 
 
 @pytest.fixture
@@ -379,13 +379,17 @@ def test_what_is_kept_is_of_the_best_checkpoint(one, trained):
     everything = sum(parameter.numel() for parameter in model.parameters())
     assert result.parameters == everything - sum(parameter.numel() for parameter in model.encoder.parameters())
     assert (result.regions, result.annotation_dim, result.grid) == (16, 16, (4, 4)) and result.beam_size == 3
-    assert result.settings == {"x": 1} and result.data == "COCOCaptions, split val"
+    assert result.settings == run.settings and result.data == "COCOCaptions, split val"
+
+
+def with_flags(run, *flags):
+    return replace(run, flags=(*run.flags, *flags), settings=given_by((*run.flags, *flags)))
 
 
 def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, trained, tmp_path):
     run, records = one
-    run = replace(run, flags=(*run.flags, *FOREIGN, "--trainer.max_epochs=1", f"--data.cache={tmp_path / 'cache'}"))
-    run = replace(run, flags=(*run.flags, "--trainer.check_val_every_n_epoch=1"))
+    cached = (*FOREIGN, f"--data.cache={tmp_path / 'cache'}")
+    run = with_flags(run, *cached, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
     trained(lambda cli: setattr(Counting, "seen", 0))
     result, _ = train_and_caption(run)
     assert Counting.seen == 0 and len(result.captions) == len(records) and result.annotation_dim == 12
@@ -394,4 +398,10 @@ def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, trained, tmp_pa
 def test_a_study_needs_validation(one):
     run, _ = one
     with pytest.raises(InputError, match="there was no validation"):
-        train_and_caption(replace(run, flags=(*run.flags, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0")))
+        train_and_caption(with_flags(run, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0"))
+
+
+def test_a_configuration_that_changes_meanwhile_is_said(one):
+    run, _ = one
+    with pytest.raises(InputError, match="changed while it ran"):
+        train_and_caption(replace(run, settings=run.settings | {"model.learning_rate": 0.5}))
