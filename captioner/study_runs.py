@@ -105,12 +105,18 @@ def plan(study: Study, output: Path, flags: Sequence[str], command: str) -> list
     for row in study.rows:
         of_row = (*study.flags, *flags, *row.flags)
         try:
-            given = {name: value for name, value in _flat(settings(of_row)) if name not in OWN}
+            given = given_by(of_row)
         except InputError as error:
             raise InputError(f"The row {row.name!r} cannot be trained: {error}") from error
-        given = json.loads(json.dumps(given, default=str))  # as it will be read again
         runs += [Run(row, seed, output / row.folder / str(seed), of_row, given, command) for seed in row.seeds]
     return runs
+
+
+def given_by(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that flags of `fit` give, by dotted names, but for the study's own; see :func:`settings`."""
+    given = {name: value for name, value in _flat(settings(flags)) if name not in OWN}
+    as_read: dict[str, Any] = json.loads(json.dumps(given, default=str))  # from a result, to compare with
+    return as_read
 
 
 def _flat(given: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,8 +239,11 @@ def train_and_caption(run: Run) -> tuple[Result, References]:
     Raises
     ------
     InputError
-        Where a setting or a file cannot be used, or there was no validation.
+        Where a setting or a file cannot be used, configurations have changed since the run was planned, or there was
+        no validation.
     """
+    if given_by(run.flags) != run.settings:
+        raise InputError("A configuration of the study was changed while it ran: start it again.")
     gc.collect()  # the last run's captioner and trainer, which refer to each other
     logs, checkpoints = run.folder / "logs", run.folder / "checkpoints"
     for folder in (logs, checkpoints):  # of a run that was interrupted
@@ -254,7 +263,7 @@ def train_and_caption(run: Run) -> tuple[Result, References]:
     model.load_state_dict(unpack(saved, best).tensors)
     model.to(cli.trainer.strategy.root_device).eval()
     search = {"beam_size": task.beam_size, "max_words": task.max_words, "length_penalty": task.length_penalty}
-    with torch.no_grad(), cli.trainer.precision_plugin.forward_context():  # as `captioner test` does
+    with cli.trainer.precision_plugin.forward_context():  # as `captioner test` does
         found = caption(model, _batches(cli), **search)
     every, encoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
     result = Result(
@@ -298,6 +307,7 @@ class Captioned(NamedTuple):
     grid: tuple[int, int] | None
 
 
+@torch.no_grad()
 def caption(model: Captioner, batches: Iterable[tuple[list[ImageId], Annotations]], **search: Any) -> Captioned:
     """Caption images as trained and with uniform weights.
 

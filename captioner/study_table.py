@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -64,7 +65,7 @@ class Report(NamedTuple):
         """Return what stands under :data:`HEADER`, intervals in a form such as "{} ({} to {})"."""
 
         def figure(found: tuple[float, float, float] | None, sign: str = "") -> str:
-            return "" if found is None else form.format(*(f"{100 * value:{sign}.1f}" for value in found))
+            return "" if found is None else form.format(*(f"{100 * value:{sign}z.1f}" for value in found))
 
         time = self.milliseconds[self.lines.index(line)]
         seeds = str(len(line.each))
@@ -86,14 +87,15 @@ class Report(NamedTuple):
     def notes(self) -> list[str]:
         """Return what one must know to read the table."""
         results = [result for line in self.lines for result in line.results]
-        first, minutes = results[0], [result.minutes for result in results]
+        first = results[0]
         budget = ", ".join(f"{name} {value}" for name, value in self.study.budget.items())
         notes = [
             f"{first.data}, {self.images:,} images, captioned with a beam of {first.beam_size} from the epoch of each "
             "run with the best greedy CIDEr-D on these same images.",
-            f"Every run: {self.study.recipe.name}{budget and f' with {budget}'}; encoder and precision: "
-            f"{first.encoder}; {min(minutes):.1f} to {max(minutes):.1f} minutes of training; made "
-            f"{min(result.made for result in results)} to {max(result.made for result in results)}.",
+            f"Every run: {self.study.recipe.name}{budget and f' with {budget}'}, over which the command's flags "
+            f"prevail; {_span([result.epochs for result in results], '')} epochs; encoder and precision: "
+            f"{first.encoder}; {_span([result.minutes for result in results], '.1f')} minutes of training; made "
+            f"{_span([result.made for result in results], '')}.",
             "Scores are times 100, means over the seeds. Their 95 % intervals are over images alone: "
             f"{RESAMPLES:,} bootstrap samples, the same for all rows. What seeds change is not in them: the last "
             "column has the lowest and the highest CIDEr-D of the seeds; a difference that is no larger may be theirs.",
@@ -112,6 +114,11 @@ class Report(NamedTuple):
         if self.missing:
             notes.append(f"Missing: {'; '.join(self.missing)}.")
         return notes
+
+
+def _span(values: Sequence[Any], form: str) -> str:
+    """Return the lowest and the highest value, or the only one."""
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
 
 
 def show(report: Report, console: Console) -> None:

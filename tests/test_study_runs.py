@@ -1,6 +1,7 @@
 """A study's runs: each made once, whatever stops it, by however many processes; and what is kept of it."""
 
 import json
+import math
 import multiprocessing
 from dataclasses import replace
 from functools import partial
@@ -15,14 +16,16 @@ from test_study_results import RESULT
 
 from captioner import study_runs, training
 from captioner.annotation_files import COCOCaptions
-from captioner.attention import Annotations
+from captioner.attention import Annotations, Dot, Uniform
 from captioner.cli import main
+from captioner.decoders import LSTMDecoder
+from captioner.encoders import SmallCNN
 from captioner.errors import InputError
 from captioner.faithfulness import measure
 from captioner.model import Captioner, describe
 from captioner.study import Row, Study
 from captioner.study_results import Result, _like
-from captioner.study_runs import Run, make, plan, tabulate, train_and_caption
+from captioner.study_runs import Run, caption, given_by, make, plan, tabulate, train_and_caption
 from captioner.vocabulary import BEGIN, Vocabulary
 
 FORK = multiprocessing.get_context("fork")  # which has torch imported
@@ -302,46 +305,92 @@ def test_a_study_runs_to_its_end_and_a_second_call_repeats_nothing(recipe, tmp_p
     assert "Missing: blind, seed 1." in capsys.readouterr().out
 
 
+def test_uniform_weights_and_entropy_are_those_of_a_model_that_attends():
+    """Of random weights that attend sharply; as a baseline that has them but for the score."""
+    torch.manual_seed(4)
+    words = Vocabulary(["a", "on", "the", "of", "in", *(f"word{number}" for number in range(4))])
+    build = partial(Captioner, SmallCNN(size=32, width=4), words, embedding_dim=8)
+    model, baseline = (build(decoder=partial(LSTMDecoder, hidden_dim=16, attention=kind)) for kind in (Dot, Uniform))
+    for parameter in model.parameters():
+        parameter.data *= 3
+    baseline.load_state_dict(model.state_dict())
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    ids = [[1, "b"], [3, 4]]
+    seen = [Annotations(torch.randn(2, 6, 16), mask) for _ in ids]
+    found = caption(model.eval(), zip(ids, seen, strict=True), beam_size=2, max_words=6)
+
+    entropies = []
+    for of_batch, annotations in zip(ids, seen, strict=True):
+        said, blind = (one.eval().search(annotations, beam_size=2, max_words=6) for one in (model, baseline))
+        for place, image in enumerate(of_batch):
+            texts = [" ".join(words.decode(hypotheses[place][0].tokens)) for hypotheses in (said, blind)]
+            assert [found.captions[image], found.uniform_captions[image]] == texts
+            regions = int(mask[place].sum())
+            tokens = said[place][0].tokens
+            alone = Annotations(annotations.values[place : place + 1, :regions])
+            _, weights, _ = model(alone, torch.tensor([[[BEGIN, *tokens]]]))
+            for word, share in zip(words.decode(tokens), weights[0, 0].tolist(), strict=False):
+                if word.startswith("word"):
+                    entropies.append(-sum(part * math.log(part) for part in share if part > 0) / math.log(regions))
+    assert found.entropy == pytest.approx(sum(entropies) / len(entropies), abs=1e-5) and found.entropy < 0.9
+    assert {"a", "on", "the", "of", "in"} & {*" ".join(found.captions.values()).split()}  # which do not count
+    assert found.captions != found.uniform_captions and list(found.captions) == [1, "b", 3, 4]
+
+
 @pytest.fixture
 def one(recipe, scenes, tmp_path):
     """A run of the recipe, long enough that attention matters, and its validation images."""
     flags = ("--config", str(recipe), "--trainer.max_epochs", "6", "--trainer.check_val_every_n_epoch", "2")
     row = Row("additive", "score function", (3,), ())
     records = COCOCaptions(scenes, "captions_{split}.json", "{split}", ("val",)).read("val")
-    return Run(row, 3, tmp_path / "run", flags, {"x": 1}, "captioner study"), records
+    return Run(row, 3, tmp_path / "run", flags, given_by(flags), "captioner study"), records
 
 
-def test_what_is_kept_is_of_the_best_checkpoint(one):
+@pytest.fixture
+def trained(monkeypatch):
+    """Do something between training and captioning."""
+
+    def then(do):
+        train = study_runs.train
+
+        def training(args):
+            cli = train(args)
+            do(cli)
+            return cli
+
+        monkeypatch.setattr(study_runs, "train", training)
+
+    return then
+
+
+def test_what_is_kept_is_of_the_best_checkpoint(one, trained):
     run, records = one
-    (run.folder / "checkpoints").mkdir(parents=True)
-    (run.folder / "checkpoints" / "best.ckpt").write_text("what an interrupted run has left")
+    (run.folder / "logs" / "of an interrupted run").mkdir(parents=True)
+    trained(lambda cli: [parameter.data.zero_() for parameter in cli.model.captioner.parameters()])
     result, references = train_and_caption(run)
+    assert len(list((run.folder / "logs").iterdir())) == 1
     best = run.folder / "checkpoints" / "best.ckpt"
     model = Captioner.from_checkpoint(best)
     said = model.caption([record.path for record in records], beam_size=3)
     assert result.captions == {record.image_id: caption.text for record, caption in zip(records, said, strict=True)}
     assert references == {record.image_id: list(record.captions) for record in records}
-    report = measure(model, records, beam_size=3)
-    assert result.entropy == pytest.approx(report.entropy, abs=1e-5)
+    assert result.entropy == pytest.approx(measure(model, records, beam_size=3).entropy, abs=1e-5)
     assert result.best_epoch == torch.load(best, weights_only=True)["epoch"] + 1 and result.epochs == 6
     everything = sum(parameter.numel() for parameter in model.parameters())
     assert result.parameters == everything - sum(parameter.numel() for parameter in model.encoder.parameters())
     assert (result.regions, result.annotation_dim, result.grid) == (16, 16, (4, 4)) and result.beam_size == 3
-    assert result.settings == {"x": 1} and result.data == "COCOCaptions, split val"
+    assert result.settings == run.settings and result.data == "COCOCaptions, split val"
 
 
-def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, tmp_path, monkeypatch):
+def with_flags(run, *flags):
+    return replace(run, flags=(*run.flags, *flags), settings=given_by((*run.flags, *flags)))
+
+
+def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, trained, tmp_path):
     run, records = one
-    run = replace(run, flags=(*run.flags, *FOREIGN, "--trainer.max_epochs=1", f"--data.cache={tmp_path / 'cache'}"))
-    run = replace(run, flags=(*run.flags, "--trainer.check_val_every_n_epoch=1"))
-    train = study_runs.train
-
-    def counted(args):
-        cli = train(args)
-        Counting.seen = 0
-        return cli
-
-    monkeypatch.setattr(study_runs, "train", counted)
+    cached = (*FOREIGN, f"--data.cache={tmp_path / 'cache'}")
+    run = with_flags(run, *cached, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
+    trained(lambda cli: setattr(Counting, "seen", 0))
     result, _ = train_and_caption(run)
     assert Counting.seen == 0 and len(result.captions) == len(records) and result.annotation_dim == 12
 
@@ -349,4 +398,10 @@ def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, tmp_path, monke
 def test_a_study_needs_validation(one):
     run, _ = one
     with pytest.raises(InputError, match="there was no validation"):
-        train_and_caption(replace(run, flags=(*run.flags, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0")))
+        train_and_caption(with_flags(run, "--trainer.max_epochs=1", "--trainer.limit_val_batches=0"))
+
+
+def test_a_configuration_that_changes_meanwhile_is_said(one):
+    run, _ = one
+    with pytest.raises(InputError, match="changed while it ran"):
+        train_and_caption(replace(run, settings=run.settings | {"model.learning_rate": 0.5}))

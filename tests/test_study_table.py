@@ -34,7 +34,7 @@ def report(images=1000, missing=("blind, seed 2",)):
     lines = [
         line(ROWS[0], 0.42, each=[0.4137, 0.4263], cost=Estimate(0.07, 0.05, 0.09)),
         line(ROWS[1], 0.41, difference=Comparison(-0.01, -0.03, 0.01), cost=Estimate(0.06, 0.04, 0.08)),
-        line(ROWS[2], 0.45, difference=Comparison(0.03, 0.01, 0.05), cost=Estimate(0.01, -0.01, 0.02)),
+        line(ROWS[2], 0.45, difference=Comparison(0.03, 0.01, 0.05), cost=Estimate(0.01, -0.0001, 0.02)),
         line(ROWS[3], 0.35, difference=Comparison(-0.07, -0.09, -0.05)),
     ]
     study = Study(Path("configs/recipe.yaml"), {"trainer.max_epochs": 8}, "additive", ROWS)
@@ -51,13 +51,18 @@ def test_markdown_has_every_figure_and_all_that_was_done():
         "|  | dot \\| product | 41.0 (39.0 to 44.0) | 20.5 (19.5 to 21.5) | -1.0 (-3.0 to +1.0) | not told apart "
         "| 6.0 (4.0 to 8.0) | 0.75 | 0.80 | 0.00 | 1 |",
         "| [decoder] | better | 45.0 (43.0 to 48.0) | 22.5 (21.5 to 23.5) | +3.0 (+1.0 to +5.0) | higher "
-        "| 1.0 (-1.0 to 2.0) | 0.75 | 2.50 | 0.00 | 1 |",
+        "| 1.0 (0.0 to 2.0) | 0.75 | 2.50 | 0.00 | 1 |",
         "| baseline | blind | 35.0 (33.0 to 38.0) | 17.5 (16.5 to 18.5) | -7.0 (-9.0 to -5.0) | lower |  |  | 0.40 "
         "| 0.00 | 1 |",
     ]
     assert RESULT.command in text and "trainer.max_epochs 8" in text and "recipe.yaml" in text
     assert "1,000 images" in text and "beam of 3" in text and RESULT.encoder in text and RESULT.data in text
-    assert "1.0 to 2.0 minutes" in text and "made 2026-01-31" in text and "over images alone" in text
+    assert (
+        "1.0 to 2.0 minutes" in text
+        and "3 epochs" in text
+        and "made 2026-01-31." in text
+        and "over images alone" in text
+    )
     assert "Missing: blind, seed 2." in text and "(study.png)" in text
 
 
