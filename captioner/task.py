@@ -202,8 +202,13 @@ class CaptioningTask(LightningModule):
                 raise InputError(f"model.{name} is of `captioner test` only: leave it out of `captioner {stage}`.")
 
     def setup(self, stage: str) -> None:
-        """Refuse settings of another stage."""
+        """Refuse settings of another stage, and those that do not go together, before caches are filled."""
         self.check_settings(TrainerFn(stage).value)
+        if stage == TrainerFn.FITTING and isinstance(self.objective, SelfCritical) and self.data.flip:
+            raise InputError(
+                "Self-critical training rewards captions by those of the images as they are, and not mirrored: set "
+                "data.flip to false."
+            )
 
     def configure_model(self) -> None:
         """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
@@ -351,11 +356,6 @@ class CaptioningTask(LightningModule):
     @cached_property
     def reward(self) -> Reward[str | int]:
         """What drawn captions of the training images are rewarded by."""
-        if self.data.flip:
-            raise InputError(
-                "Self-critical training rewards captions by those of the images as they are, and not mirrored: set "
-                "data.flip to false."
-            )
         return Reward(self.data.references("train"), self.captioner.vocabulary)
 
     def on_train_start(self) -> None:

@@ -16,6 +16,7 @@ from captioner.metrics import cider_d, ptb_tokenize
 from captioner.model import Captioner
 from captioner.search import Samples, sample
 from captioner.self_critical import Reward, SelfCritical, rescore
+from captioner.task import CaptioningTask
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
 
 TWO = Vocabulary(["cat", "dog"])
@@ -323,7 +324,8 @@ def test_it_says_where_to_start_from(recipe, tmp_path, capsys):
     assert "model.initial_weights" in one_line(capsys)
 
 
-def test_mirrored_images_have_no_rewards(recipe, best, tmp_path, capsys):
+def test_mirrored_images_have_no_rewards(recipe, best, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CaptioningTask, "_fill_caches", lambda task: pytest.fail("this takes long, and is in vain"))
     flags = ["--trainer.default_root_dir", str(tmp_path), "--model.initial_weights", str(best), "--data.flip", "true"]
     assert main(["fit", "--config", str(recipe), *flags, *SELF_CRITICAL]) == 2
     assert "data.flip" in one_line(capsys)
