@@ -120,11 +120,14 @@ def find_captions(
         banned=(PAD, UNKNOWN),
     )
     if not all(found):
-        raise InputError(
-            "The model's word scores are not numbers, since its training diverged: train it again at a lower "
-            "learning rate."
-        )
+        raise _diverged()
     return found
+
+
+def _diverged() -> InputError:
+    return InputError(
+        "The model's word scores are not numbers, since its training diverged: train it again at a lower learning rate."
+    )
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
@@ -308,9 +311,14 @@ class Captioner(nn.Module):
         """Draw captions of B images, `samples` of each; see :func:`captioner.search.sample`.
 
         They are drawn from the model as it stands: in training mode with its dropout.
+
+        Raises
+        ------
+        InputError
+            Where the log-probabilities are not numbers.
         """
         memory = self.memory(annotations)
-        return sample(
+        drawn = sample(
             lambda words, state: self.step(words, memory, state),
             self.decoder.start(memory, samples),
             len(annotations.values),
@@ -319,6 +327,9 @@ class Captioner(nn.Module):
             samples=samples,
             max_words=max_words,
         )
+        if not drawn.log_probabilities.isfinite().all():
+            raise _diverged()
+        return drawn
 
     @torch.no_grad()
     def caption(

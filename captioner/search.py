@@ -164,7 +164,8 @@ def sample(
     """Draw captions from the model's own distribution: nothing banned, nothing sharpened.
 
     A caption that has not ended after `max_words` tokens is broken off there. No end is put to it, since its
-    probability would not be the model's. Torch's generator of the device decides.
+    probability would not be the model's. Torch's generator of the device decides. Where log-probabilities are not
+    numbers, those of the captions are none either.
 
     Parameters
     ----------
@@ -200,7 +201,9 @@ def sample(
     drawn: list[Tensor] = []
     while len(drawn) < max_words and going.any():
         log_probabilities, state = step(words, state)
-        words = torch.multinomial(log_probabilities.exp(), 1).squeeze(1)
+        # Of exponential times at these rates the first, as torch.multinomial draws, which stops a GPU for its checks.
+        rates = log_probabilities.exp()
+        words = (rates / torch.empty_like(rates).exponential_()).argmax(1)
         totals += log_probabilities.gather(1, words[:, None]).squeeze(1) * going
         lengths += going
         going = going & (words != end)

@@ -20,7 +20,7 @@ from captioner.errors import InputError
 from captioner.metrics import CIDErD, DocumentFrequencies, ptb_tokenize
 from captioner.metrics.score import ImageId
 from captioner.model import Captioner
-from captioner.objectives import CrossEntropy
+from captioner.objectives import CrossEntropy, average
 from captioner.search import Samples
 from captioner.tokens import detokenize
 from captioner.vocabulary import BEGIN, END, PAD, SPECIAL, Vocabulary
@@ -184,8 +184,9 @@ class SelfCritical(nn.Module):
             logits, _, _ = captioner.score_words(annotations, tokens, need_weights=False)
             cross_entropy = self._teacher(logits, tokens[..., 1:]).cross_entropy
             spoken = tokens[..., 1:] != PAD
-            words = spoken.sum() / spoken.any(-1).sum()  # of a caption
-            total = total + self.cross_entropy * words * cross_entropy
+            # Of a caption, over all processes as the cross-entropy is: words count alike in whichever they are.
+            words, captions = average(torch.stack([spoken.sum(), spoken.any(-1).sum()]))
+            total = total + self.cross_entropy * words / captions * cross_entropy
         return SelfCriticalLoss(total, rewards.mean(), cross_entropy.detach())
 
 

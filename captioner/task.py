@@ -202,8 +202,13 @@ class CaptioningTask(LightningModule):
                 raise InputError(f"model.{name} is of `captioner test` only: leave it out of `captioner {stage}`.")
 
     def setup(self, stage: str) -> None:
-        """Refuse settings of another stage."""
+        """Refuse settings of another stage, and those that do not go together, before caches are filled."""
         self.check_settings(TrainerFn(stage).value)
+        if stage == TrainerFn.FITTING and isinstance(self.objective, SelfCritical) and self.data.flip:
+            raise InputError(
+                "Self-critical training rewards captions by those of the images as they are, and not mirrored: set "
+                "data.flip to false."
+            )
 
     def configure_model(self) -> None:
         """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
@@ -351,11 +356,6 @@ class CaptioningTask(LightningModule):
     @cached_property
     def reward(self) -> Reward[str | int]:
         """What drawn captions of the training images are rewarded by."""
-        if self.data.flip:
-            raise InputError(
-                "Self-critical training rewards captions by those of the images as they are, and not mirrored: set "
-                "data.flip to false."
-            )
         return Reward(self.data.references("train"), self.captioner.vocabulary)
 
     def on_train_start(self) -> None:
@@ -368,7 +368,11 @@ class CaptioningTask(LightningModule):
             self._average = MovingAverage(self.averaging, self._learning())
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        """Take the weights of a step into the average; a batch whose gradients are kept for the next makes no step."""
+        """Take the weights of a step into the average."""
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        # A batch whose gradients are kept for the next makes no step.
         if self._average is not None and self.trainer.global_step > self._averaged_step:
             self._average.update(self._learning())
             self._averaged_step = self.trainer.global_step
@@ -532,6 +536,8 @@ class CaptioningTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the captioner under its own key, complete and free of code."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._keep_up()  # callbacks, which save, come before the task at the end of a batch
         was_averaged = self._is_averaged
         self._show_average(True)
         contents = self.captioner.contents(self.scores)
@@ -600,14 +606,16 @@ class CaptioningTask(LightningModule):
         # A head that serves training only may be in the file and not here, or the other way round.
         own, stored = self.state_dict(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: stored.get(name, tensor) for name, tensor in own.items()}
-        if self.averaging and self.trainer.state.fn == TrainerFn.FITTING and AVERAGING in checkpoint:
+        self._average, self._is_averaged = None, False  # those of a fit before, whose weights are gone
+        if self.trainer.state.fn == TrainerFn.FITTING and AVERAGING in checkpoint:
             self._go_on_averaging(checkpoint)
 
     def _go_on_averaging(self, checkpoint: dict[str, Any]) -> None:
         """Take the average from the weights of a file, and put those there that training goes on with."""
         averaged, kept = checkpoint["state_dict"], checkpoint[AVERAGING]
         start = {name: averaged[name] for name in self._learning()}
-        self._average = MovingAverage(self.averaging, start, kept["updates"])
+        if self.averaging:
+            self._average = MovingAverage(self.averaging, start, kept["updates"])
         # Under both of its names where a tensor stands twice.
         trained = {averaged[name].data_ptr(): tensor for name, tensor in kept["trained"].items() if name in start}
         checkpoint["state_dict"] = {name: trained.get(tensor.data_ptr(), tensor) for name, tensor in averaged.items()}

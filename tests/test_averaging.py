@@ -1,5 +1,7 @@
 """The moving average of the weights: its values, and that it is what a run validates, keeps and goes on from."""
 
+import shutil
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -118,6 +120,49 @@ def test_a_run_goes_on_with_both(averaged, recipe, tmp_path, monkeypatch):
     on = training.train(["fit", *flags, *AVERAGING, "--ckpt_path", last])
     same({name.removeprefix("model."): value for name, value in saved["averaging"]["trained"].items()}, started)
     same(watch.average, on.model.captioner.state_dict())
+
+
+def without_prefix(tensors):
+    return {name.removeprefix("model."): value for name, value in tensors.items()}
+
+
+class Begin(Callback):
+    """Notes what the first step of a run starts from."""
+
+    weights = None
+
+    def on_train_batch_start(self, trainer, task, *_):
+        self.weights = self.weights or Watch.weights(task)
+
+
+def test_a_model_that_was_trained_before_goes_on_from_a_file(fit):
+    cli, begin = fit(*AVERAGING), Begin()  # the average stands in the model
+    last = cli.trainer.checkpoint_callback.last_model_path
+    trained = torch.load(last, weights_only=True)["averaging"]["trained"]
+    cli.trainer.callbacks.append(begin)
+    cli.trainer.fit_loop.max_epochs = 2
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=True)
+    same(without_prefix(trained), begin.weights)
+
+
+def test_a_run_that_averages_no_more_goes_on_with_what_was_trained(averaged, recipe, tmp_path, monkeypatch):
+    from captioner import training
+
+    last, begin = tmp_path / "last.ckpt", Begin()
+    shutil.copy(averaged[0].trainer.checkpoint_callback.last_model_path, last)
+    trained = torch.load(last, weights_only=True)["averaging"]["trained"]
+    monkeypatch.setattr(training, "ScoreLines", lambda: begin)
+    flags = ["--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "4"]
+    training.train(["fit", *flags, "--model.tie_weights", "true", "--ckpt_path", str(last)])
+    same(without_prefix(trained), begin.weights)
+
+
+def test_a_checkpoint_between_validations_has_the_average_of_all_steps(fit):
+    flags = ["--checkpoint.every_n_train_steps", "2", "--checkpoint.monitor", "null"]
+    cli = fit(*AVERAGING, *flags)
+    saved = torch.load(cli.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert saved["averaging"]["updates"] == saved["global_step"] == 2
+    assert cli.model._average.updates == cli.trainer.global_step == 3
 
 
 def test_weights_that_start_a_run_are_averaged_ones(averaged, fit):

@@ -16,6 +16,7 @@ from captioner.metrics import cider_d, ptb_tokenize
 from captioner.model import Captioner
 from captioner.search import Samples, sample
 from captioner.self_critical import Reward, SelfCritical, rescore
+from captioner.task import CaptioningTask
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
 
 TWO = Vocabulary(["cat", "dog"])
@@ -129,6 +130,29 @@ def test_the_share_of_cross_entropy_is_that_of_whole_captions():
     assert loss.cross_entropy.item() == pytest.approx(-each.sum().item() / 10)
 
 
+def test_captions_count_alike_in_whichever_process_they_are(monkeypatch):
+    model, annotations = captioner(vocabulary=WORDS).eval(), some_annotations(2)
+    tokens = pad([[[BEGIN, 4, 5, END], [BEGIN, 6, END]], [[BEGIN, 7, 8, 9, 4, 6, 7, END]]])
+    reward = Given(torch.zeros(1, 2))
+    reward.vocabulary = WORDS
+    words_and_captions = torch.tensor([[5, 2], [7, 1]])  # of two processes
+
+    def averaged(values):
+        """Average over both, by what the other one has: words, or words and captions."""
+        return words_and_captions[:, : values.numel()].double().mean(0).view(values.shape)
+
+    monkeypatch.setattr("captioner.objectives.average", averaged)
+    monkeypatch.setattr("captioner.self_critical.average", averaged)
+    objective = SelfCritical(2, cross_entropy=0.25, label_smoothing=0.0)
+    shares = [
+        objective(model, annotations._replace(values=values[None]), ids[None], "a", reward).total.item()
+        for values, ids in zip(annotations.values, tokens, strict=True)
+    ]
+    log_probabilities = model(annotations, tokens)[0].log_softmax(-1)
+    each = log_probabilities.gather(-1, tokens[..., 1:, None]).squeeze(-1) * (tokens[..., 1:] != PAD)
+    assert sum(shares) / 2 == pytest.approx(-0.25 * each.sum().item() / 3)
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_every_parameter_learns_in_either_precision(precision):
     # Autocast keeps what it converted; what it converted while captions were drawn carries no gradient.
@@ -218,6 +242,14 @@ def test_a_caption_that_does_not_end_is_broken_off():
     torch.testing.assert_close(samples.log_probabilities, torch.full((2, 3), 0.5, dtype=torch.double).log() * 7)
 
 
+def test_scores_that_are_no_numbers_draw_nothing():
+    model = captioner().eval()
+    with torch.no_grad():
+        model.output.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="diverged"):
+        model.sample(some_annotations(2), samples=3, max_words=4)
+
+
 # The reward
 
 
@@ -292,7 +324,8 @@ def test_it_says_where_to_start_from(recipe, tmp_path, capsys):
     assert "model.initial_weights" in one_line(capsys)
 
 
-def test_mirrored_images_have_no_rewards(recipe, best, tmp_path, capsys):
+def test_mirrored_images_have_no_rewards(recipe, best, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CaptioningTask, "_fill_caches", lambda task: pytest.fail("this takes long, and is in vain"))
     flags = ["--trainer.default_root_dir", str(tmp_path), "--model.initial_weights", str(best), "--data.flip", "true"]
     assert main(["fit", "--config", str(recipe), *flags, *SELF_CRITICAL]) == 2
     assert "data.flip" in one_line(capsys)
