@@ -120,7 +120,7 @@ class SelfCritical(nn.Module):
         Where there are fewer than two samples, or the share is no share.
     """
 
-    def __init__(self, samples: int = 5, cross_entropy: float = 0.1, label_smoothing: float = 0.1) -> None:
+    def __init__(self, samples: int = 5, cross_entropy: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if samples < 2 or not 0 <= cross_entropy < 1:
             raise InputError(
