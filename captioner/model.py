@@ -307,7 +307,7 @@ class Captioner(nn.Module):
         )
 
     @torch.no_grad()
-    def sample(self, annotations: Annotations, *, samples: int, max_words: int = 20) -> Samples:
+    def sample(self, annotations: Annotations, *, samples: int, max_tokens: int) -> Samples:
         """Draw captions of B images, `samples` of each; see :func:`captioner.search.sample`.
 
         They are drawn from the model as it stands: in training mode with its dropout.
@@ -325,7 +325,7 @@ class Captioner(nn.Module):
             begin=BEGIN,
             end=END,
             samples=samples,
-            max_words=max_words,
+            max_tokens=max_tokens,
         )
         if not drawn.log_probabilities.isfinite().all():
             raise _diverged()

@@ -159,11 +159,11 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    step: StepFunction, start: State, images: int, *, begin: int, end: int, samples: int, max_words: int
+    step: StepFunction, start: State, images: int, *, begin: int, end: int, samples: int, max_tokens: int
 ) -> Samples:
     """Draw captions from the model's own distribution: nothing banned, nothing sharpened.
 
-    A caption that has not ended after `max_words` tokens is broken off there. No end is put to it, since its
+    A caption that has not ended after `max_tokens` tokens is broken off there. No end is put to it, since its
     probability would not be the model's. Torch's generator of the device decides. Where log-probabilities are not
     numbers, those of the captions are none either.
 
@@ -179,7 +179,7 @@ def sample(
         Ids of the tokens that open and close a caption.
     samples : int
         K, captions per image.
-    max_words : int
+    max_tokens : int
         Most tokens of a caption, the end token counted.
 
     Raises
@@ -192,14 +192,14 @@ def sample(
     Samples
         T is the length of the longest one.
     """
-    if samples < 1 or max_words < 1:
-        raise InputError(f"No caption can be drawn with samples {samples} and max_words {max_words}: give at least 1.")
+    if samples < 1 or max_tokens < 1:
+        raise InputError(f"No caption is drawn with samples {samples} and max_tokens {max_tokens}: give at least 1.")
     state, words = start, torch.full((images * samples,), begin, device=start[0].device)
     going = torch.ones_like(words, dtype=torch.bool)
     lengths = torch.zeros_like(words)
     totals = torch.zeros_like(words, dtype=torch.float64)
     drawn: list[Tensor] = []
-    while len(drawn) < max_words and going.any():
+    while len(drawn) < max_tokens and going.any():
         log_probabilities, state = step(words, state)
         # Of exponential times at these rates the first, as torch.multinomial draws, which stops a GPU for its checks.
         rates = log_probabilities.exp()

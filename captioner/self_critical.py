@@ -154,7 +154,7 @@ class SelfCritical(nn.Module):
         reward : Reward
             Of the same words as the policy's.
         max_words : int
-            Where a drawn caption is broken off.
+            Longest drawn caption, its end not counted; one that goes on is broken off behind the next word.
 
         Raises
         ------
@@ -169,7 +169,7 @@ class SelfCritical(nn.Module):
         training = captioner.training
         captioner.eval()
         try:
-            samples = captioner.sample(annotations, samples=self.samples, max_words=max_words)
+            samples = captioner.sample(annotations, samples=self.samples, max_tokens=max_words + 1)
             # What autocast has converted while nothing was recorded must not serve where gradients are.
             torch.clear_autocast_cache()
             log_probabilities = rescore(captioner, annotations, samples)

@@ -74,9 +74,7 @@ def test_the_second_recipe_tunes_the_model_of_the_first():
 
 
 def test_the_self_critical_recipe_goes_on_with_the_model_of_the_first():
-    models = [
-        yaml.safe_load((CONFIGS / name).read_text())["model"] for name in ("flickr8k.yaml", "flickr8k_scst.yaml")
-    ]
+    models = [yaml.safe_load((CONFIGS / name).read_text())["model"] for name in ("flickr8k.yaml", "flickr8k_scst.yaml")]
     objectives = [model.pop("objective")["class_path"] for model in models]
     rates = [model.pop("learning_rate") for model in models]
     assert models[0] == models[1] and objectives == ["CrossEntropy", "SelfCritical"] and rates == [1e-3, 2e-4]

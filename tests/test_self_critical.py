@@ -181,7 +181,7 @@ def test_it_learns_to_say_what_is_rewarded():
 
     rewards = []
     for _ in range(40):
-        loss = SelfCritical(5, 0.0)(model, annotations, torch.full((4, 1, 2), END), "abcd", LikesCats(), max_words=4)
+        loss = SelfCritical(5, 0.0)(model, annotations, torch.full((4, 1, 2), END), "abcd", LikesCats(), max_words=3)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -196,7 +196,7 @@ def test_it_learns_to_say_what_is_rewarded():
 def test_samples_have_the_log_probabilities_of_one_pass_over_them(name):
     model, annotations = captioner(name, WORDS, scale=2).float().eval(), some_annotations(3)
     annotations = annotations._replace(values=annotations.values.float())
-    samples = model.sample(annotations, samples=5, max_words=9)
+    samples = model.sample(annotations, samples=5, max_tokens=9)
     assert samples.lengths.min() < samples.lengths.max() == samples.tokens.size(2) <= 9
     torch.testing.assert_close(rescore(model, annotations, samples), samples.log_probabilities, rtol=0, atol=1e-5)
 
@@ -224,7 +224,7 @@ def test_captions_are_drawn_by_their_probability():
     model, image = captioner(scale=2).eval(), some_annotations(1)
     captions = all_captions(2)
     probabilities = rescore(model, repeated(image, len(captions)), as_samples([[ids] for ids in captions]))[:, 0].exp()
-    samples = model.sample(image, samples=20_000, max_words=2)
+    samples = model.sample(image, samples=20_000, max_tokens=2)
     drawn = [
         tuple(ids[:length]) for ids, length in zip(samples.tokens[0].tolist(), samples.lengths[0].tolist(), strict=True)
     ]
@@ -237,7 +237,7 @@ def test_a_caption_that_does_not_end_is_broken_off():
     def never(words, state):
         return torch.log(torch.tensor([[0.5, 0.0, 0.5]])).expand(len(words), -1), state
 
-    samples = sample(never, (torch.zeros(6, 1),), 2, begin=2, end=1, samples=3, max_words=7)
+    samples = sample(never, (torch.zeros(6, 1),), 2, begin=2, end=1, samples=3, max_tokens=7)
     assert samples.tokens.shape == (2, 3, 7) and samples.lengths.eq(7).all()
     torch.testing.assert_close(samples.log_probabilities, torch.full((2, 3), 0.5, dtype=torch.double).log() * 7)
 
@@ -247,7 +247,7 @@ def test_scores_that_are_no_numbers_draw_nothing():
     with torch.no_grad():
         model.output.bias.fill_(torch.nan)
     with pytest.raises(InputError, match="diverged"):
-        model.sample(some_annotations(2), samples=3, max_words=4)
+        model.sample(some_annotations(2), samples=3, max_tokens=4)
 
 
 # The reward
