@@ -7,6 +7,7 @@ from torch import nn
 from variants import (
     ATTENTIONS,
     DECODERS,
+    EVERY,
     KINDS,
     TRANSFORMERS,
     D,
@@ -28,7 +29,7 @@ from captioner.errors import InputError
 B, Q, T = 3, 2, 4
 MASK = [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0]]
 
-every_decoder = pytest.mark.parametrize("name", DECODERS)
+every_decoder = pytest.mark.parametrize("name", EVERY)
 every_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
 
 

@@ -13,6 +13,7 @@ from variants import (
     ATTENTIONS,
     BRIDGES,
     DECODERS,
+    EVERY,
     KINDS,
     TRANSFORMERS,
     D,
@@ -42,7 +43,7 @@ TINY = Preprocessing(fit="squash", size=SIZE)
 # Captions of two images, one of which has fewer.
 TOKENS = pad([[[BEGIN, 4, 5, 7, END], [BEGIN, 4, 6, 8, 9, END]], [[BEGIN, 10, 4, UNKNOWN]]])
 
-every_decoder = pytest.mark.parametrize("name", DECODERS)
+every_decoder = pytest.mark.parametrize("name", EVERY)
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 

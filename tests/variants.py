@@ -1,8 +1,9 @@
 """The variants that the laws are tested over: an attention, a bridge or a decoder more is one entry more."""
 
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 
+import pytest
 import torch
 
 from captioner.attention import (
@@ -93,6 +94,26 @@ DECODERS = {
     },
     **TRANSFORMERS,
 }
+
+
+def covering(choices):
+    """Of all choices some that hold every pair of settings: what fails with one or two of them fails here."""
+    found, seen = [], set()
+    while True:
+        new = {choice: set(combinations(enumerate(choice), 2)) - seen for choice in choices}
+        best = max(choices, key=lambda choice: len(new[choice]))
+        if not new[best]:
+            return found
+        found.append(best)
+        seen |= new[best]
+
+
+# For the laws. Most of the LSTMs wait for `pytest -m slow`, since one run of all takes a minute.
+QUICK = {"-".join(("LSTM", *choice)) for choice in covering(LSTMS)}
+EVERY = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("LSTM") and name not in QUICK else name
+    for name in DECODERS
+]
 
 # One LSTM and one GRU per attention and every Transformer: for what their other switches cannot change.
 KINDS = [
