@@ -127,11 +127,6 @@ def _recipe(task: CaptioningTask, seconds: float) -> Iterator[tuple[str, str]]:
     )
     if task.encoder_learning_rate is not None:
         yield "the encoder's", f"{task.encoder_learning_rate:g} at most"
-    if task.averaging:
-        yield (
-            "averaging",
-            f"the weights are a moving average of those of all steps, of which a step keeps {task.averaging:g} at most",
-        )
     limit = trainer.max_epochs
     most = "" if limit is None or limit < 0 else f" of at most {limit}"
     yield "epochs", f"{trainer.current_epoch + 1}{most}, {trainer.global_step:,} steps"

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
-from captioner.averaging import MovingAverage
 from captioner.bridges import Bridge, LinearBridge
 from captioner.cache_folder import Index
 from captioner.checkpoint import KEY, pack, read, unpack
@@ -43,7 +42,6 @@ from captioner.self_critical import Reward, SelfCritical
 from captioner.tokens import detokenize
 from captioner.vocabulary import Vocabulary
 
-AVERAGING = "averaging"  # where a checkpoint of averaged weights keeps those that training goes on with
 REWARD = "reward"  # where a checkpoint of self-critical training says by whose document frequencies it was rewarded
 
 
@@ -80,9 +78,6 @@ class CaptioningTask(LightningModule):
         Of the matrices; biases, norms and embeddings have none.
     warmup : float
         Share of all steps in which the learning rate rises from zero; then it falls to zero along a cosine.
-    averaging : float
-        Largest decay of a moving average of the weights, such as 0.999, which is then what is validated, scored and
-        kept; see :class:`~captioner.averaging.MovingAverage`. 0: the weights of the last step are.
     beam_size : int
         Of the test.
     length_penalty : float
@@ -113,7 +108,7 @@ class CaptioningTask(LightningModule):
     Raises
     ------
     InputError
-        Where a learning rate is negative, or the averaging is no share below 1.
+        Where a learning rate is negative.
     """
 
     def __init__(
@@ -130,7 +125,6 @@ class CaptioningTask(LightningModule):
         encoder_learning_rate: float | None = None,
         weight_decay: float = 0.05,
         warmup: float = 0.05,
-        averaging: float = 0.0,
         beam_size: int = 5,
         length_penalty: float = 0.7,
         max_words: int = 20,
@@ -143,8 +137,6 @@ class CaptioningTask(LightningModule):
         for name, rate in {"learning_rate": learning_rate, "encoder_learning_rate": encoder_learning_rate}.items():
             if rate is not None and rate < 0:
                 raise InputError(f"model.{name} is {rate}: give a number that is not negative.")
-        if not 0 <= averaging < 1:
-            raise InputError(f"model.averaging is {averaging}: give a decay from 0, which is none, to below 1.")
         # Held in a tuple until the captioner owns it: a module that is registered twice has two names in a checkpoint.
         self._encoder = (encoder if isinstance(encoder, Encoder) else ForeignEncoder(encoder),)
         self._settings: dict[str, Any] = {
@@ -157,13 +149,10 @@ class CaptioningTask(LightningModule):
         self.objective = objective or CrossEntropy()
         self.word_presence = word_presence
         self.learning_rate, self.encoder_learning_rate = learning_rate, encoder_learning_rate
-        self.weight_decay, self.warmup, self.averaging = weight_decay, warmup, averaging
+        self.weight_decay, self.warmup = weight_decay, warmup
         self.beam_size, self.length_penalty, self.max_words = beam_size, length_penalty, max_words
         self.compiles, self.initial_weights = compile, initial_weights
         self.model: Captioner | None = None
-        self._average: MovingAverage | None = None
-        self._averaged_step = 0  # the last one that the average has seen
-        self._is_averaged = False  # the average stands in the captioner, and the weights of the last step in its place
         self._starts = False  # built, and with no weights from anywhere yet
         self.presence: WordPresence | None = None
         self.ensemble = [ensemble] if isinstance(ensemble, str | Path) else list(ensemble or ())
@@ -358,51 +347,6 @@ class CaptioningTask(LightningModule):
         """What drawn captions of the training images are rewarded by."""
         return Reward(self.data.references("train"), self.captioner.vocabulary)
 
-    def on_train_start(self) -> None:
-        """Begin the average of the weights, or go on with a checkpoint's."""
-        self._averaged_step = self.trainer.global_step
-        if self._average is not None:
-            self._average.to(self._learning())
-            self._show_average(False)  # of a fit before this one
-        elif self.averaging:
-            self._average = MovingAverage(self.averaging, self._learning())
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        """Take the weights of a step into the average."""
-        self._keep_up()
-
-    def _keep_up(self) -> None:
-        # A batch whose gradients are kept for the next makes no step.
-        if self._average is not None and self.trainer.global_step > self._averaged_step:
-            self._average.update(self._learning())
-            self._averaged_step = self.trainer.global_step
-
-    def on_validation_start(self) -> None:
-        """Validate the average."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._show_average(True)
-
-    def on_validation_end(self) -> None:
-        """Train on without it."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._show_average(False)
-
-    def on_fit_end(self) -> None:
-        """Leave the average behind, which was scored."""
-        self._show_average(True)
-
-    def _show_average(self, shown: bool) -> None:
-        if self._average is not None and shown is not self._is_averaged:
-            self._average.swap(self._learning())
-            self._is_averaged = shown
-
-    def _learning(self) -> dict[str, Tensor]:
-        """Return what training changes: the parameters that learn, and what batch norm counts."""
-        kept = self.state_dict()
-        tensors = {name: tensor for name, tensor in self.named_parameters() if tensor.requires_grad}
-        buffers = {name: buffer for name, buffer in self.named_buffers() if name in kept and buffer.is_floating_point()}
-        return tensors | buffers
-
     def on_validation_epoch_start(self) -> None:
         """Forget the captions of the last round."""
         self.captions = {}
@@ -536,25 +480,8 @@ class CaptioningTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the captioner under its own key, complete and free of code."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._keep_up()  # callbacks, which save, come before the task at the end of a batch
-        was_averaged = self._is_averaged
-        self._show_average(True)
-        contents = self.captioner.contents(self.scores)
-        if self._average is not None:
-            # Copies, since these tensors go back to what is trained. What stands twice is copied, and written, once.
-            copies = {tensor.data_ptr(): tensor.clone() for tensor in self._learning().values()}
-            contents = contents._replace(
-                tensors={name: copies.get(tensor.data_ptr(), tensor) for name, tensor in contents.tensors.items()}
-            )
-            checkpoint["state_dict"] = {
-                name: copies.get(tensor.data_ptr(), tensor) for name, tensor in self.state_dict().items()
-            }
-            trained = {name: value.clone() for name, value in self._average.values.items()}
-            checkpoint[AVERAGING] = {"updates": self._average.updates, "trained": trained}
         # Its tensors are those of Lightning's state dict, and torch writes a tensor that stands twice once.
-        checkpoint[KEY] = pack(contents)
-        self._show_average(was_averaged)
+        checkpoint[KEY] = pack(self.captioner.contents(self.scores))
         if isinstance(self.objective, SelfCritical):
             checkpoint[REWARD] = self.reward.document_frequencies.fingerprint
 
@@ -606,19 +533,6 @@ class CaptioningTask(LightningModule):
         # A head that serves training only may be in the file and not here, or the other way round.
         own, stored = self.state_dict(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: stored.get(name, tensor) for name, tensor in own.items()}
-        self._average, self._is_averaged = None, False  # those of a fit before, whose weights are gone
-        if self.trainer.state.fn == TrainerFn.FITTING and AVERAGING in checkpoint:
-            self._go_on_averaging(checkpoint)
-
-    def _go_on_averaging(self, checkpoint: dict[str, Any]) -> None:
-        """Take the average from the weights of a file, and put those there that training goes on with."""
-        averaged, kept = checkpoint["state_dict"], checkpoint[AVERAGING]
-        start = {name: averaged[name] for name in self._learning()}
-        if self.averaging:
-            self._average = MovingAverage(self.averaging, start, kept["updates"])
-        # Under both of its names where a tensor stands twice.
-        trained = {averaged[name].data_ptr(): tensor for name, tensor in kept["trained"].items() if name in start}
-        checkpoint["state_dict"] = {name: trained.get(tensor.data_ptr(), tensor) for name, tensor in averaged.items()}
 
 
 def in_words(encoder: Encoder, precision: str) -> str:

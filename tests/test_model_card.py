@@ -71,11 +71,9 @@ def test_a_foreign_encoders_class_and_where_training_began_are_said(fit):
     name = cli.model.captioner.encoder.module_name
     assert rows(card)["encoder"][0].startswith(f"{name}; frozen") and f"best.ckpt --encoder {name}\n" in card
     assert "mirrored" in card
-    assert "averaging" not in rows(card)
-    again = fit(*FOREIGN, "--model.initial_weights", str(best), "--model.averaging", "0.99")
+    again = fit(*FOREIGN, "--model.initial_weights", str(best))
     card = Path(again.trainer.checkpoint_callback.best_model_path).with_suffix(".md").read_text()
     assert rows(card)["initial weights"] == ["best.ckpt"] and str(best.parent) not in card
-    assert "keeps 0.99 at most" in rows(card)["averaging"][0]
 
 
 def test_it_is_written_anew_with_each_best_checkpoint_and_only_then(fit, monkeypatch):
