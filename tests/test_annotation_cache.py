@@ -572,7 +572,7 @@ FOREIGN = ("--model.encoder", "captioner.encoders.ForeignEncoder", "--model.enco
 
 
 def captions_of(cli):
-    return cli.model._captions, cli.model.scores
+    return cli.model.captions, cli.model.scores
 
 
 @pytest.mark.slow
