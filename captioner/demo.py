@@ -24,6 +24,7 @@ from captioner.images import read_image
 from captioner.metrics import score_captions
 from captioner.model import Caption, Captioner
 from captioner.overlay import draw_overlay
+from captioner.precision import faster_precision
 from captioner.scenes import UNSEEN_PAIRS, Mention, Scene, judge, pointing, read_scenes, write_scenes
 from captioner.training import check_files, train
 
@@ -132,7 +133,8 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
 
     arguments += ["--data.files.root", str(scenes)]
     arguments += ["--trainer.default_root_dir", str(output / "runs"), "--seed_everything", str(seed)]
-    precision = _faster_precision()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16-mixed" if faster_precision(device) == torch.bfloat16 else "32-true"
     arguments += ["--trainer.precision", precision]
     console.print(f"captioner {' '.join(arguments)}", highlight=False, soft_wrap=True)
     cli = train(arguments)
@@ -171,21 +173,6 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
 
 def _is_new(mention: Mention) -> bool:
     return (mention.colour, mention.shape) in UNSEEN_PAIRS
-
-
-def _faster_precision() -> str:
-    """Time a convolution in both precisions: some processors are twice as fast in bfloat16, others ten times slower."""
-    if torch.cuda.is_available():
-        return "bf16-mixed"
-    convolution = torch.nn.Conv2d(128, 128, 3, padding=1)
-    images = torch.rand(32, 128, 8, 8).contiguous(memory_format=torch.channels_last)
-    seconds: dict[str, float] = {}
-    for precision in ("32-true", "bf16-mixed") * 3:  # the first round warms up, and the best of all counts
-        begun = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            convolution(images).float().sum().backward()
-        seconds[precision] = min(seconds.get(precision, float("inf")), time.perf_counter() - begun)
-    return min(seconds, key=seconds.__getitem__)
 
 
 def recipe(name: str) -> Path:

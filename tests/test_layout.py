@@ -13,7 +13,17 @@ import captioner
 PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
     -1: ["errors", "loops", "penn_treebank"],
-    0: ["annotation_files", "tokens", "images", "attention", "search", "checkpoint", "cache_folder", "output_files"],
+    0: [
+        "annotation_files",
+        "tokens",
+        "images",
+        "attention",
+        "search",
+        "checkpoint",
+        "cache_folder",
+        "output_files",
+        "precision",
+    ],
     1: [
         "study",
         "metrics",
