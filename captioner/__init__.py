@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from captioner.annotation_files import COCOCaptions, Flickr8k
     from captioner.datamodule import CaptionData
+    from captioner.decoding import Decoding
+    from captioner.ensemble import Ensemble
     from captioner.errors import InputError
     from captioner.images import Preprocessing
     from captioner.metrics import score_captions
@@ -25,6 +27,8 @@ __all__ = [
     "CaptionData",
     "Captioner",
     "CaptioningTask",
+    "Decoding",
+    "Ensemble",
     "Flickr8k",
     "InputError",
     "Preprocessing",
@@ -38,6 +42,8 @@ _MODULES = {
     "CaptionData": "datamodule",
     "Captioner": "model",
     "CaptioningTask": "task",
+    "Decoding": "decoding",
+    "Ensemble": "ensemble",
     "Flickr8k": "annotation_files",
     "InputError": "errors",
     "Preprocessing": "images",

@@ -8,18 +8,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from captioner.attention import Annotations
+from captioner.attention import Annotations, Memory
 from captioner.checkpoint import read
 from captioner.decoders import State
+from captioner.decoding import Decoding
 from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing
-from captioner.model import Captioner, describe, find_captions
+from captioner.model import Caption, Captioner, ImageCaptioner, describe, evaluating, find_captions
 from captioner.search import Hypothesis
 from captioner.vocabulary import Vocabulary
 
@@ -27,7 +31,7 @@ from captioner.vocabulary import Vocabulary
 OF_TRAINING = ("weights", "learns", "recompute")
 
 
-class Ensemble:
+class Ensemble(ImageCaptioner[list[Annotations]]):
     """Captioners that choose every word together.
 
     Their encoders, bridges, attentions and decoders may differ. Members whose encoders are the same share one look at
@@ -93,14 +97,31 @@ class Ensemble:
                 seen[look] = member.annotate(pixels(member.preprocessing))
         return [seen[look] for look in self._looks]
 
+    @property
+    def preprocessings(self) -> list[Preprocessing]:
+        """Those of the members' looks, all different, in the order of the members."""
+        wanted = [self.captioners[look].preprocessing for look in self._looks]
+        return [each for place, each in enumerate(wanted) if each not in wanted[:place]]
+
+    def annotate_pixels(self, pixels: Sequence[Tensor]) -> list[Annotations]:  # noqa: D102
+        made, device = self.preprocessings, self.captioners[0].device
+        with evaluating(*self.captioners):
+            return self.annotate(lambda preprocessing: pixels[made.index(preprocessing)].to(device))
+
+    @torch.no_grad()
+    def caption_annotations(  # noqa: D102
+        self, annotations: list[Annotations], decoding: Decoding | None = None, *, numbers: Sequence[int] | None = None
+    ) -> list[list[Caption]]:
+        decoding = decoding or Decoding()
+        with evaluating(*self.captioners):
+            memories = self._memories(annotations)
+            found = self._find(memories, decoding, numbers)
+            best = [hypotheses[: decoding.captions] for hypotheses in found]
+            return self.captioners[0].explain(best, memories[0], annotations[0].grid)
+
     @torch.no_grad()
     def search(
-        self,
-        annotations: Sequence[Annotations],
-        *,
-        beam_size: int = 5,
-        max_words: int = 20,
-        length_penalty: float = 0.7,
+        self, annotations: Sequence[Annotations], decoding: Decoding | None = None, **options: Any
     ) -> list[list[Hypothesis]]:
         """Find captions of B images; see :meth:`Captioner.search`.
 
@@ -110,31 +131,35 @@ class Ensemble:
         ----------
         annotations : sequence of Annotations
             Of the B images, for each of the M members.
-        beam_size, max_words, length_penalty
+        decoding, options
             As for :meth:`Captioner.search`.
         """
-        members = [(member, member.memory(each)) for member, each in zip(self.captioners, annotations, strict=True)]
-        starts = [member.decoder.start(memory, beam_size) for member, memory in members]
-        # The search knows one state only: those of the members, one behind the other.
-        ends = torch.tensor([len(start) for start in starts]).cumsum(0).tolist()
-        parts = [slice(end - len(start), end) for start, end in zip(starts, ends, strict=True)]
+        return self._find(self._memories(annotations), replace(decoding or Decoding(), **options))
 
-        def step(words: Tensor, state: State) -> tuple[Tensor, State]:
-            steps = [
-                member.step(words, memory, state[part]) for (member, memory), part in zip(members, parts, strict=True)
-            ]
+    def _memories(self, annotations: Sequence[Annotations]) -> list[Memory]:
+        return [member.memory(each) for member, each in zip(self.captioners, annotations, strict=True)]
+
+    def _find(
+        self, memories: Sequence[Memory], decoding: Decoding, numbers: Sequence[int] | None = None
+    ) -> list[list[Hypothesis]]:
+        starts = [member.decoder.start(memory, 1) for member, memory in zip(self.captioners, memories, strict=True)]
+        # The search knows one memory and one state only: those of the members, one behind the other.
+        parts = [*zip(self.captioners, _slices(memories), _slices(starts), strict=True)]
+
+        def step(words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
+            steps = [member.step(words, memory[own], state[of_own]) for member, own, of_own in parts]
             log_probabilities = torch.stack([one for one, _ in steps])  # (M, B * Q, V)
             mean = log_probabilities.logsumexp(0) - math.log(len(steps))
             return mean, tuple(tensor for _, state in steps for tensor in state)
 
-        return find_captions(
-            step,
-            tuple(tensor for start in starts for tensor in start),
-            len(annotations[0].values),
-            beam_size=beam_size,
-            max_words=max_words,
-            length_penalty=length_penalty,
-        )
+        memory, start = (tuple(chain.from_iterable(each)) for each in (memories, starts))
+        return find_captions(step, memory, start, self.captioners[0].vocabulary, decoding, numbers)
+
+
+def _slices(parts: Sequence[tuple[Tensor, ...]]) -> list[slice]:
+    """Return where each of several tuples stands in all of them, one behind the other."""
+    ends = list(accumulate(len(part) for part in parts))
+    return [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
 
 
 def _open_beside(first: Captioner, path: str | Path) -> Captioner:

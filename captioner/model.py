@@ -1,4 +1,4 @@
-"""The captioner: encoder, bridge, embedding, decoder and output layer in one.
+"""The captioner: encoder, bridge, embedding, decoder and output layer in one, and how it writes captions of images.
 
 Shapes: B images, Q captions per image, N regions, D annotation size, E embedding size, T words, V vocabulary.
 """
@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,11 +27,12 @@ from captioner.attention import Annotations, Memory
 from captioner.bridges import Bridge, NoBridge
 from captioner.checkpoint import Contents, read
 from captioner.decoders import Decoder, LSTMDecoder, State
+from captioner.decoding import Decoding
 from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing, read_image
-from captioner.search import Hypothesis, Samples, StepFunction, beam_search, sample
-from captioner.tokens import detokenize
+from captioner.search import Hypothesis, Limits, Samples, StepFunction, beam_search, draw, sample
+from captioner.tokens import detokenize, tokenize
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
 
 # All that a checkpoint can name. Nothing else is ever built from a file.
@@ -99,29 +105,81 @@ def _part(name: str) -> type:
 
 
 def find_captions(
-    step: StepFunction, start: State, images: int, *, beam_size: int, max_words: int, length_penalty: float
+    step: StepFunction,
+    memory: Memory,
+    start: State,
+    vocabulary: Vocabulary,
+    decoding: Decoding,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Search captions of word ids; see :func:`captioner.search.beam_search`. ``<unk>`` is never said.
+    """Find captions of B images; see :func:`captioner.search.beam_search` and :func:`captioner.search.draw`.
+
+    What is no word, as ``<unk>``, is never said. A search gives all that its beam holds, whatever `decoding.captions`.
 
     Raises
     ------
     InputError
-        Where an image has no caption, since the log-probabilities are not numbers.
+        Where the prefix has a word that is not in the vocabulary, or an image has no caption, since the
+        log-probabilities are not numbers.
     """
-    found = beam_search(
-        step,
-        start,
-        images,
-        begin=BEGIN,
-        end=END,
-        beam_size=beam_size,
-        max_words=max_words,
-        length_penalty=length_penalty,
-        banned=(PAD, UNKNOWN),
+    limits = Limits(
+        decoding.min_words,
+        decoding.max_words,
+        decoding.no_repeat_ngram,
+        (PAD, UNKNOWN, *_banned(decoding, vocabulary)),
+        tuple(_prefix(decoding, vocabulary)),
     )
+    settings: dict[str, Any] = {
+        "begin": BEGIN,
+        "end": END,
+        "limits": limits,
+        "length_penalty": decoding.length_penalty,
+    }
+    if decoding.sample:
+        found = draw(
+            step,
+            memory,
+            start,
+            samples=decoding.captions,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            seed=decoding.seed,
+            numbers=numbers,
+            **settings,
+        )
+    else:
+        found = beam_search(
+            step,
+            memory,
+            start,
+            beam_size=decoding.beam_size,
+            groups=decoding.groups,
+            diversity=decoding.diversity,
+            **settings,
+        )
     if not all(found):
         raise _diverged()
     return found
+
+
+def _banned(decoding: Decoding, vocabulary: Vocabulary) -> list[int]:
+    # A word list of the user's own may hold words that would not be cut so.
+    words = [word for said in decoding.banned for word in (said, *tokenize(said))]
+    return [index for index in _ids(vocabulary, words) if index != UNKNOWN]
+
+
+def _prefix(decoding: Decoding, vocabulary: Vocabulary) -> list[int]:
+    words = decoding.prefix_words
+    ids = _ids(vocabulary, words)
+    for word, index in zip(words, ids, strict=True):
+        if index == UNKNOWN:
+            raise InputError(f"The prefix says {word!r}, which the model does not know: choose another word.")
+    return ids
+
+
+def _ids(vocabulary: Vocabulary, words: Sequence[str]) -> list[int]:
+    return vocabulary.encode(words, max_words=len(words))[1:-1]  # without begin and end
 
 
 def _diverged() -> InputError:
@@ -143,7 +201,7 @@ class Caption:
     log_probability : float
         The model's natural log-probability of the words and the end after them.
     score : float
-        What the search ranked it by: the log-probability, normalised by length.
+        What the search ranked it by: the log-probability, normalised by length, and less what diversity cost.
     attention : Tensor or None
         (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention.
     grid : tuple of int or None
@@ -161,7 +219,162 @@ class Caption:
     gates: Tensor | None
 
 
-class Captioner(nn.Module):
+# A file, an opened image, a (H, W, 3) or (H, W) uint8 array or a (3, H, W) uint8 tensor.
+ImageSource: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+Seen = TypeVar("Seen")  # what is made of images before captions are searched
+
+
+class ImageCaptioner(ABC, Generic[Seen]):
+    """What captions images, of whatever parts it is made."""
+
+    @property
+    @abstractmethod
+    def preprocessings(self) -> list[Preprocessing]:
+        """The ways in which an image is made a square before it is seen, all different."""
+
+    @abstractmethod
+    def annotate_pixels(self, pixels: Sequence[Tensor]) -> Seen:
+        """Look at B images: (B, 3, S, S) uint8, on any device, as each of `preprocessings` makes them."""
+
+    @abstractmethod
+    def caption_annotations(
+        self, annotations: Seen, decoding: Decoding | None = None, *, numbers: Sequence[int] | None = None
+    ) -> list[list[Caption]]:
+        """Caption images by what :meth:`annotate_pixels` gave.
+
+        The attention of all captions is read from one teacher-forced pass over them.
+
+        Parameters
+        ----------
+        annotations
+            Of B images.
+        decoding : Decoding, optional
+            How.
+        numbers : sequence of int, optional
+            Of the images, 0 to B - 1 by default: where captions are drawn, those of one number have the same chances.
+
+        Returns
+        -------
+        list of list of Caption
+            For each image at most `decoding.captions`, at least one, best first.
+
+        Raises
+        ------
+        InputError
+            Where the model does not know a word of the prefix, or its scores are not numbers.
+        """
+
+    def caption(
+        self,
+        images: Iterable[ImageSource] | ImageSource,
+        decoding: Decoding | None = None,
+        *,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[Caption]:
+        """Caption images.
+
+        Parameters
+        ----------
+        images : sequence of images
+            Paths, PIL images, (H, W, 3) or (H, W) uint8 arrays, (3, H, W) uint8 tensors. Or one of them.
+        decoding : Decoding, optional
+            How captions are found.
+        batch_size : int
+            Images at a time.
+        **options
+            Settings of :class:`~captioner.decoding.Decoding`, as ``beam_size=1``, in place of those of `decoding`.
+
+        Returns
+        -------
+        list of Caption
+            The best caption of each image, in their order. :meth:`caption_stream` gives several.
+
+        Raises
+        ------
+        InputError
+            Where an image cannot be read, or the options are not to be had.
+        """
+        one = isinstance(images, str | Path | Image.Image)
+        if one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
+            images = [images]  # type: ignore[list-item]
+        return [captions[0] for captions in self.caption_stream(images, decoding, batch_size=batch_size, **options)]  # type: ignore[arg-type]
+
+    def caption_stream(
+        self,
+        images: Iterable[ImageSource],
+        decoding: Decoding | None = None,
+        *,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> Iterator[list[Caption]]:
+        """Caption images one batch after the other, as they come: only one batch is held at a time.
+
+        Parameters
+        ----------
+        images, decoding, batch_size, options
+            As for :meth:`caption`.
+
+        Yields
+        ------
+        list of Caption
+            Of the next image at most `decoding.captions` captions, at least one, best first.
+
+        Raises
+        ------
+        InputError
+            As :meth:`caption`.
+        """
+        decoding = replace(decoding or Decoding(), **options)
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: give 1 or more.")
+        return self._stream(iter(images), decoding, batch_size)
+
+    def _stream(self, images: Iterator[ImageSource], decoding: Decoding, batch_size: int) -> Iterator[list[Caption]]:
+        first = 0
+        while opened := [_open_image(image, first + place) for place, image in enumerate(islice(images, batch_size))]:
+            pixels = [
+                torch.stack([preprocessing.pixels(image) for image in opened]) for preprocessing in self.preprocessings
+            ]
+            numbers = range(first, first + len(opened))
+            yield from self.caption_annotations(self.annotate_pixels(pixels), decoding, numbers=numbers)
+            first += len(opened)
+
+
+def _open_image(image: ImageSource, number: int) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return read_image(image)
+    array = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.size:
+        if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3):
+            return Image.fromarray(np.ascontiguousarray(array))
+    kind = (
+        f"{'a tensor' if isinstance(image, Tensor) else 'an array'} {tuple(image.shape)} of {image.dtype}"
+        if isinstance(image, np.ndarray | Tensor)
+        else f"of type {type(image).__name__}"
+    )
+    raise InputError(
+        f"Image {number} is {kind}: give a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a uint8 tensor "
+        "(3, H, W)."
+    )
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode, and back into the mode in which they were."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
+
+
+class Captioner(ImageCaptioner[Annotations], nn.Module):
     """An image captioner.
 
     Each part receives the sizes of the part before it; the vocabulary's size is known here alone.
@@ -293,18 +506,13 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def search(
-        self, annotations: Annotations, *, beam_size: int = 5, max_words: int = 20, length_penalty: float = 0.7
+        self, annotations: Annotations, decoding: Decoding | None = None, **options: Any
     ) -> list[list[Hypothesis]]:
-        """Find captions of B images; see :func:`find_captions`."""
-        memory = self.memory(annotations)
-        return find_captions(
-            lambda words, state: self.step(words, memory, state),
-            self.decoder.start(memory, beam_size),
-            len(annotations.values),
-            beam_size=beam_size,
-            max_words=max_words,
-            length_penalty=length_penalty,
-        )
+        """Find captions of B images; see :func:`find_captions`, and for options :meth:`caption`."""
+        return self._find(self.memory(annotations), replace(decoding or Decoding(), **options))
+
+    def _find(self, memory: Memory, decoding: Decoding, numbers: Sequence[int] | None = None) -> list[list[Hypothesis]]:
+        return find_captions(self.step, memory, self.decoder.start(memory, 1), self.vocabulary, decoding, numbers)
 
     @torch.no_grad()
     def sample(self, annotations: Annotations, *, samples: int, max_tokens: int) -> Samples:
@@ -319,9 +527,9 @@ class Captioner(nn.Module):
         """
         memory = self.memory(annotations)
         drawn = sample(
-            lambda words, state: self.step(words, memory, state),
+            self.step,
+            memory,
             self.decoder.start(memory, samples),
-            len(annotations.values),
             begin=BEGIN,
             end=END,
             samples=samples,
@@ -331,64 +539,26 @@ class Captioner(nn.Module):
             raise _diverged()
         return drawn
 
+    @property
+    def preprocessings(self) -> list[Preprocessing]:
+        """The one preprocessing, as a list."""
+        return [self.preprocessing]
+
     @torch.no_grad()
-    def caption(
-        self,
-        images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
-        *,
-        beam_size: int = 5,
-        max_words: int = 20,
-        length_penalty: float = 0.7,
-        batch_size: int = 32,
-    ) -> list[Caption]:
-        """Caption images.
+    def annotate_pixels(self, pixels: Sequence[Tensor]) -> Annotations:  # noqa: D102
+        (images,) = pixels
+        with evaluating(self):
+            return self.annotate(images.to(self.device))
 
-        Parameters
-        ----------
-        images : sequence of paths or PIL images
-            Or one of them.
-        beam_size : int
-            Hypotheses per image; 1 is greedy.
-        max_words : int
-            Longest caption.
-        length_penalty : float
-            0 ranks hypotheses by log-probability, 1 by its mean per token.
-        batch_size : int
-            Images at a time.
-
-        Returns
-        -------
-        list of Caption
-            The best caption of each image, in their order.
-
-        Raises
-        ------
-        InputError
-            Where an image cannot be read.
-        """
-        if isinstance(images, str | Path | Image.Image):
-            images = [images]
-        training = self.training
-        self.eval()
-        try:
-            captions = []
-            for first in range(0, len(images), batch_size):
-                opened = [
-                    image if isinstance(image, Image.Image) else read_image(image)
-                    for image in images[first : first + batch_size]
-                ]
-                pixels = torch.stack([self.preprocessing.pixels(image) for image in opened])
-                annotations = self.annotate(pixels.to(self.device))
-                best = [
-                    hypotheses[0]
-                    for hypotheses in self.search(
-                        annotations, beam_size=beam_size, max_words=max_words, length_penalty=length_penalty
-                    )
-                ]
-                captions += self._explain(annotations, best)
-        finally:
-            self.train(training)
-        return captions
+    @torch.no_grad()
+    def caption_annotations(  # noqa: D102
+        self, annotations: Annotations, decoding: Decoding | None = None, *, numbers: Sequence[int] | None = None
+    ) -> list[list[Caption]]:
+        decoding = decoding or Decoding()
+        with evaluating(self):
+            memory = self.memory(annotations)
+            found = self._find(memory, decoding, numbers)
+            return self.explain([hypotheses[: decoding.captions] for hypotheses in found], memory, annotations.grid)
 
     @torch.no_grad()
     def head_weights(self, image: str | Path | Image.Image, words: Sequence[str]) -> Tensor | None:
@@ -422,24 +592,33 @@ class Captioner(nn.Module):
             self.train(training)
         return None if weights is None else weights[0, 0, :, :, : len(words)]  # without the look before the end
 
-    def _explain(self, annotations: Annotations, hypotheses: Sequence[Hypothesis]) -> list[Caption]:
-        """Read the attention of finished captions, one per image, from one teacher-forced pass."""
-        tokens = pad([[[BEGIN, *hypothesis.tokens]] for hypothesis in hypotheses]).to(self.device)
-        _, weights, gates = self(annotations, tokens)
-        captions = []
-        for index, hypothesis in enumerate(hypotheses):
-            words = self.vocabulary.decode(hypothesis.tokens)
-            captions.append(
-                Caption(
-                    detokenize(words),
-                    words,
-                    hypothesis.log_probability,
-                    hypothesis.score,
-                    None if weights is None else weights[index, 0, : len(words)].float().cpu(),
-                    annotations.grid,
-                    None if gates is None else gates[index, 0, : len(words)].float().cpu(),
-                )
-            )
+    def explain(
+        self, found: Sequence[Sequence[Hypothesis]], memory: Memory, grid: tuple[int, int] | None
+    ) -> list[list[Caption]]:
+        """Read the attention of finished captions of B images from one teacher-forced pass.
+
+        Parameters
+        ----------
+        found : sequence of sequences of Hypothesis
+            Of each image.
+        memory : tuple of Tensor
+            What :meth:`memory` gave for the images.
+        grid : tuple of int or None
+            That of the annotations.
+        """
+        # Neither the last word nor the end is followed by one that looks.
+        tokens = pad([[[BEGIN, *hypothesis.tokens[:-2]] for hypothesis in image] for image in found])
+        lengths = (tokens != PAD).sum(-1) if self.device.type == "cpu" else None  # see score_words
+        words = self.embed(tokens.to(self.device).flatten(0, 1))
+        _, weights, gates = self.decoder(words, memory, lengths=lengths)
+        weights, gates = (None if part is None else part.float().cpu() for part in (weights, gates))
+        captions: list[list[Caption]] = []
+        for image, hypotheses in enumerate(found):
+            captions.append([])
+            for place, (ids, log_probability, score) in enumerate(hypotheses):
+                said = self.vocabulary.decode(ids)
+                seen, opened = (None if part is None else part[image, place, : len(said)] for part in (weights, gates))
+                captions[-1].append(Caption(detokenize(said), said, log_probability, score, seen, grid, opened))
         return captions
 
     def contents(self, scores: Mapping[str, float] | None = None) -> Contents:

@@ -1,10 +1,11 @@
 import math
+from dataclasses import fields
 from itertools import product
 
 import pytest
 import torch
 
-from captioner.search import beam_search
+from captioner.search import Limits, beam_search
 
 BEGIN, END, A, B = range(4)
 
@@ -19,13 +20,15 @@ MATRIX = torch.tensor(
 )
 
 
-def by_matrix(matrix, images=1, **settings):
+def by_matrix(matrix, search=beam_search, **settings):
     """Search where the next word depends on the last alone."""
     log_probabilities = matrix.double().log()
-    start = (torch.zeros(images * settings.get("beam_size", 1), 1),)
-    return beam_search(
-        lambda words, state: (log_probabilities[words], state), start, images, begin=BEGIN, end=END, **settings
-    )
+    return find(lambda words, memory, state: (log_probabilities[words], state), torch.zeros(1), (), search, **settings)
+
+
+def find(step, memory, start, search=beam_search, **settings):
+    limits = {field.name: settings.pop(field.name) for field in fields(Limits) if field.name in settings}
+    return search(step, (memory,), start, begin=BEGIN, end=END, limits=Limits(**limits), **settings)
 
 
 # The next word depends on the image and on all words before it, which the state carries as one number to the base V.
@@ -33,23 +36,14 @@ V, WORDS, IMAGES = 4, 3, 3
 TABLE = torch.randn(IMAGES, V**WORDS, V, generator=torch.Generator().manual_seed(0)).double().mul(2).log_softmax(-1)
 
 
-def by_history(images=range(IMAGES), beam_size=1, **settings):
-    def step(words, state):
-        image, history = state
+def by_history(images=range(IMAGES), search=beam_search, **settings):
+    def step(words, memory, state):
+        (images,), (history,) = memory, state
         history = history * V + words
-        return TABLE[image, history], (image, history)
+        return TABLE[images.repeat_interleave(len(words) // len(images)), history], (history,)
 
-    image = torch.tensor(list(images)).repeat_interleave(beam_size)
-    return beam_search(
-        step,
-        (image, torch.zeros_like(image)),
-        len(images),
-        begin=BEGIN,
-        end=END,
-        beam_size=beam_size,
-        max_words=WORDS,
-        **settings,
-    )
+    memory = torch.tensor(list(images))
+    return find(step, memory, (torch.zeros_like(memory),), search, **{"max_words": WORDS} | settings)
 
 
 def log_probability_of(tokens, image):
@@ -135,7 +129,7 @@ def test_one_that_ends_at_every_step_does_not_overfill_the_beam():
 @pytest.mark.parametrize("beam_size", [1, 3, 20])
 def test_a_batch_of_images_equals_one_at_a_time(beam_size):
     together = by_history(beam_size=beam_size, length_penalty=0.7)
-    assert together == [by_history([image], beam_size, length_penalty=0.7)[0] for image in range(IMAGES)]
+    assert together == [by_history([image], beam_size=beam_size, length_penalty=0.7)[0] for image in range(IMAGES)]
     assert len({tuple(found[0].tokens) for found in together}) > 1
 
 
@@ -143,10 +137,11 @@ def test_an_image_that_is_finished_waits_for_the_others():
     # The first image ends at once with either place, the second never before it must.
     now, never = torch.tensor([0.0, 1.0, 0.0, 0.0]).log(), torch.tensor([0.0, 1e-9, 0.5, 0.5]).log()
 
-    def step(words, state):
-        return torch.where(state[0][:, None] == 0, now, never), state
+    def step(words, memory, state):
+        image = memory[0].repeat_interleave(len(words) // len(memory[0]))
+        return torch.where(image[:, None] == 0, now, never), state
 
-    first, second = beam_search(step, (torch.tensor([0, 0, 1, 1]),), 2, begin=BEGIN, end=END, beam_size=2, max_words=5)
+    first, second = find(step, torch.tensor([0, 1]), (), beam_size=2, max_words=5)
     assert [hypothesis.tokens for hypothesis in first] == [[END]]
     assert [len(hypothesis.tokens) for hypothesis in second] == [6, 6]
 

@@ -234,10 +234,10 @@ def test_captions_are_drawn_by_their_probability():
 
 
 def test_a_caption_that_does_not_end_is_broken_off():
-    def never(words, state):
+    def never(words, memory, state):
         return torch.log(torch.tensor([[0.5, 0.0, 0.5]])).expand(len(words), -1), state
 
-    samples = sample(never, (torch.zeros(6, 1),), 2, begin=2, end=1, samples=3, max_tokens=7)
+    samples = sample(never, (torch.zeros(2),), (), begin=2, end=1, samples=3, max_tokens=7)
     assert samples.tokens.shape == (2, 3, 7) and samples.lengths.eq(7).all()
     torch.testing.assert_close(samples.log_probabilities, torch.full((2, 3), 0.5, dtype=torch.double).log() * 7)
 
