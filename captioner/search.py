@@ -425,11 +425,11 @@ def draw(
         shares, kept = _filter(log_probabilities, temperature, top_k, top_p)
         ladder = shares.cumsum(2, dtype=torch.float64)  # (B, Q, words)
         heights = chances[..., batch.tokens.size(2)].view(*ladder.shape[:2], -1) * ladder[..., -1:]
-        # The first rung above, which has a share. There is none above what is not a number.
+        # The first rung above, which has a share. There is none above what is not a number, which ends.
         places = torch.searchsorted(ladder, heights, right=True).clamp(max=ladder.size(2) - 1)
         words = places if kept is None else kept.gather(2, places)
         gains = log_probabilities.gather(2, words).double().view(going.shape)
-        words = words.view(going.shape).where(going, end)
+        words = words.view(going.shape).where(going & ~gains.isnan(), end)
         batch.say(parents, words, batch.totals + gains.where(going, 0))
         going, parents = going & (words != end), None
         parts = _part(going.any(1))
