@@ -121,7 +121,12 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
 
     @torch.no_grad()
     def search(
-        self, annotations: Sequence[Annotations], decoding: Decoding | None = None, **options: Any
+        self,
+        annotations: Sequence[Annotations],
+        decoding: Decoding | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        **options: Any,
     ) -> list[list[Hypothesis]]:
         """Find captions of B images; see :meth:`Captioner.search`.
 
@@ -131,16 +136,16 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
         ----------
         annotations : sequence of Annotations
             Of the B images, for each of the M members.
-        decoding, options
+        decoding, numbers, options
             As for :meth:`Captioner.search`.
         """
-        return self._find(self._memories(annotations), replace(decoding or Decoding(), **options))
+        return self._find(self._memories(annotations), replace(decoding or Decoding(), **options), numbers)
 
     def _memories(self, annotations: Sequence[Annotations]) -> list[Memory]:
         return [member.memory(each) for member, each in zip(self.captioners, annotations, strict=True)]
 
     def _find(
-        self, memories: Sequence[Memory], decoding: Decoding, numbers: Sequence[int] | None = None
+        self, memories: Sequence[Memory], decoding: Decoding, numbers: Sequence[int] | None
     ) -> list[list[Hypothesis]]:
         starts = [member.decoder.start(memory, 1) for member, memory in zip(self.captioners, memories, strict=True)]
         # The search knows one memory and one state only: those of the members, one behind the other.

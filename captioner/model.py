@@ -506,10 +506,15 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
 
     @torch.no_grad()
     def search(
-        self, annotations: Annotations, decoding: Decoding | None = None, **options: Any
+        self,
+        annotations: Annotations,
+        decoding: Decoding | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        **options: Any,
     ) -> list[list[Hypothesis]]:
-        """Find captions of B images; see :func:`find_captions`, and for options :meth:`caption`."""
-        return self._find(self.memory(annotations), replace(decoding or Decoding(), **options))
+        """Find captions of B images as ids; see :func:`find_captions`, :meth:`caption_annotations`, :meth:`caption`."""
+        return self._find(self.memory(annotations), replace(decoding or Decoding(), **options), numbers)
 
     def _find(self, memory: Memory, decoding: Decoding, numbers: Sequence[int] | None = None) -> list[list[Hypothesis]]:
         return find_captions(self.step, memory, self.decoder.start(memory, 1), self.vocabulary, decoding, numbers)

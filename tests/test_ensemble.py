@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import captioner, every_kind, one_sentence, some_images
+from test_model import captioner, every_kind, one_sentence, over_decodings, some_images
 from torch import nn
-from variants import KINDS, some_annotations
+from variants import KINDS, of_image, some_annotations
 
 from captioner.checkpoint import KEY, pack, read
+from captioner.decoding import Decoding
 from captioner.encoders import ForeignEncoder, SmallCNN
 from captioner.ensemble import Ensemble
 from captioner.errors import InputError
@@ -82,6 +83,55 @@ def test_the_order_of_the_members_decides_nothing():
     assert [[hypothesis.tokens for hypothesis in image] for image in one] == [
         [hypothesis.tokens for hypothesis in image] for image in other
     ]
+
+
+@pytest.mark.parametrize("names", [(LSTM, GRU), (TRANSFORMER, LSTM, GRU)], ids=len)
+@over_decodings
+def test_images_that_are_done_leave_all_members(settings, names):
+    models = [member(name, seed) for seed, name in enumerate(names)]
+    annotations = [some_annotations(5, seed) for seed in range(len(models))]
+    ensemble = Ensemble(models)
+    together = ensemble.search(annotations, max_words=9, **settings)
+    for image, found in enumerate(together):
+        numbers = {"numbers": [image]} if "sample" in settings else {}
+        (alone,) = ensemble.search([of_image(each, image) for each in annotations], max_words=9, **settings, **numbers)
+        assert [hypothesis.tokens for hypothesis in found] == [hypothesis.tokens for hypothesis in alone]
+        for one, other in zip(found, alone, strict=True):
+            assert one[1:] == pytest.approx(other[1:], abs=1e-10)
+    if settings == {"beam_size": 3}:
+        assert len({len(found[0].tokens) for found in together}) > 1
+
+
+# Its captions
+
+
+def test_an_ensemble_captions_as_a_captioner_does_and_the_first_shows_where_it_looks():
+    first, second = member(LSTM, 1), member(GRU, 2)
+    second.encoder.preprocessing = replace(first.preprocessing, fit="crop")
+    ensemble, images = Ensemble([first, second, first]), some_images(3)
+    assert ensemble.preprocessings == [first.preprocessing, second.preprocessing]
+    pixels = [torch.stack([each.pixels(image) for image in images]) for each in ensemble.preprocessings]
+    seen = ensemble.annotate_pixels(pixels)
+    decoding = Decoding(beam_size=3, captions=2, max_words=6)
+    streamed = list(ensemble.caption_stream(images, decoding, batch_size=2))
+    for captions, others, found in zip(
+        ensemble.caption_annotations(seen, decoding), streamed, ensemble.search(seen, decoding), strict=True
+    ):
+        assert [caption.words for caption in captions] == [first.vocabulary.decode(each.tokens) for each in found[:2]]
+        assert [caption.log_probability for caption in captions] == [each.log_probability for each in found[:2]]
+        assert [caption.text for caption in captions] == [caption.text for caption in others]
+    for image, captions in zip(images, streamed, strict=True):
+        for caption in captions:
+            weights = first.head_weights(image, caption.words)
+            assert torch.allclose(caption.attention, weights[0, 0].float(), atol=1e-6) and caption.grid == (2, 2)
+    assert [caption.text for caption in ensemble.caption(images, decoding)] == [found[0].text for found in streamed]
+
+
+def test_captioning_leaves_every_member_in_its_mode():
+    first, second = captioner(dropout=0.5).train(), captioner(dropout=0.5)
+    ensemble = Ensemble([first, second])
+    texts = [[(each.text, each.log_probability) for each in ensemble.caption(some_images(3))] for _ in range(2)]
+    assert texts[0] == texts[1] and first.training and first.decoder.training and not second.training
 
 
 # Its eyes

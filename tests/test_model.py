@@ -2,9 +2,10 @@ import json
 import re
 from dataclasses import fields
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,10 +31,11 @@ from variants import (
 from captioner.attention import Annotations, MultiHead
 from captioner.bridges import LinearBridge, TransformerBridge
 from captioner.checkpoint import KEY, pack
+from captioner.decoding import Decoding
 from captioner.encoders import VGG16, ForeignEncoder, ResNet, SmallCNN
 from captioner.errors import InputError
 from captioner.images import Preprocessing
-from captioner.model import PARTS, Captioner, describe, rebuild
+from captioner.model import PARTS, Captioner, describe, find_captions, rebuild
 from captioner.objectives import CrossEntropy
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
 
@@ -359,29 +361,82 @@ def test_behind_any_bridge_a_rebuilt_model_gives_the_same_logits(bridge, name):
 # Search
 
 
+def find_apart(model, annotations, images, decoding):
+    """Find captions of images that are due to end after 1 to 7 words, whatever the model would say."""
+    images, memory = torch.tensor(images), model.memory(annotations)
+
+    def step(words, memory, state):
+        log_probabilities, following = model.step(words, memory[1:], state[1:])
+        due = memory[0].repeat_interleave(len(words) // len(memory[0])) * 3 % 7 + 1
+        batches.append(len(memory[0]))
+        log_probabilities[:, END] += torch.where(state[0] < due, -50, 50)
+        return log_probabilities, (state[0] + 1, *following)
+
+    batches, start = [], (torch.zeros_like(images), *model.decoder.start(memory, 1))
+    with torch.no_grad():
+        found = find_captions(step, (images, *memory), start, model.vocabulary, decoding, images.tolist())
+    return found, batches
+
+
+# Each option means the same for every decoder; the first is what all else is measured by.
+DECODINGS = {
+    "beam": {"beam_size": 3},
+    "greedy": {"beam_size": 1},
+    "limits": {"beam_size": 3, "min_words": 3, "no_repeat_ngram": 2, "banned": ("box",), "prefix": "a red"},
+    "groups": {"beam_size": 4, "groups": 2, "diversity": 1.0},
+    "samples": {"sample": True, "captions": 3, "seed": 2, "temperature": 0.7, "top_p": 0.9},
+}
+over_decodings = pytest.mark.parametrize("settings", DECODINGS.values(), ids=DECODINGS)
+
+
+@over_decodings
 @every_kind
-def test_searching_a_batch_equals_one_image_at_a_time(name):
-    model, annotations = captioner(name).double(), some_annotations(4)
-    together = model.search(annotations, beam_size=3, max_words=6)
+def test_searching_a_batch_equals_one_image_at_a_time(name, settings):
+    model, annotations = captioner(name).double(), some_annotations(7)
+    together, batches = find_apart(model, annotations, range(7), Decoding(**settings))
+    assert batches == sorted(batches, reverse=True) and batches[0] == 7 > batches[-1]
+    assert len({len(found[0].tokens) for found in together}) > 3  # they end at different steps
     for image, found in enumerate(together):
-        (alone,) = model.search(Annotations(annotations.values[image : image + 1]), beam_size=3, max_words=6)
-        assert [hypothesis.tokens for hypothesis in alone] == [hypothesis.tokens for hypothesis in found]
-        for one, other in zip(alone, found, strict=True):
-            assert one.log_probability == pytest.approx(other.log_probability, abs=1e-5)
-    assert len({round(found[0].log_probability, 4) for found in together}) == 4  # the image matters
+        (alone,), _ = find_apart(model, of_image(annotations, image), [image], Decoding(**settings))
+        assert [hypothesis.tokens for hypothesis in found] == [hypothesis.tokens for hypothesis in alone]
+        for one, other in zip(found, alone, strict=True):  # exactly, but for the order of a matrix product's sums
+            assert one[1:] == pytest.approx(other[1:], rel=1e-12, abs=1e-11)
 
 
 @every_kind
-def test_every_hypothesis_has_the_log_probability_of_teacher_forcing(name):
+def test_in_float32_a_batch_differs_from_one_image_only_where_two_captions_are_near(name):
+    exact, narrow, annotations = captioner(name).double(), captioner(name), some_annotations(12)
+    single = annotations._replace(values=annotations.values.float())
+    for image, found in enumerate(narrow.search(single, beam_size=3, max_words=6)):
+        (alone,) = narrow.search(of_image(single, image), beam_size=3, max_words=6)
+        tokens = [found[0].tokens, alone[0].tokens]
+        if tokens[0] != tokens[1]:
+            scores = []
+            for ids in tokens:
+                each = torch.tensor([[[BEGIN, *ids]]])
+                logits = exact(of_image(annotations, image), each)[0].log_softmax(-1)
+                scores.append(logits.gather(-1, each[..., 1:, None]).sum().item() / len(ids) ** 0.7)
+            assert abs(scores[0] - scores[1]) < 1e-4
+
+
+@over_decodings
+@every_kind
+def test_every_hypothesis_has_the_log_probability_of_teacher_forcing(name, settings):
     model, annotations = captioner(name).double(), some_annotations(2)
-    for image, found in enumerate(model.search(annotations, beam_size=4, max_words=6)):
-        alone = Annotations(annotations.values[image : image + 1])
+    for image, found in enumerate(model.search(annotations, max_words=6, **settings)):
+        assert found
         for tokens, log_probability, score in found:
             ids = torch.tensor([[[BEGIN, *tokens]]])
-            scores = model(alone, ids)[0].log_softmax(-1)
+            with torch.no_grad():
+                scores = model(of_image(annotations, image), ids)[0].log_softmax(-1)
             total = scores.gather(-1, ids[..., 1:, None]).sum().item()
             assert log_probability == pytest.approx(total, abs=1e-5)
-            assert score == pytest.approx(total / len(tokens) ** 0.7, abs=1e-5)
+            assert score <= total / len(tokens) ** 0.7 + 1e-5
+            assert settings.get("groups") or score == pytest.approx(total / len(tokens) ** 0.7, abs=1e-5)
+            words = model.vocabulary.decode(tokens)
+            if settings is DECODINGS["limits"]:
+                assert words[:2] == ["a", "red"] and len(words) >= 3 and "box" not in words
+                assert len({*pairwise(words)}) == len(words) - 1
 
 
 FEW_WORDS = Vocabulary("red blue ball".split())
@@ -456,6 +511,36 @@ def test_padding_and_the_unknown_word_are_never_said():
         assert found[0].log_probability < -90  # not renormalised
 
 
+def test_a_banned_word_is_found_as_it_is_written_or_as_captions_are_cut():
+    model = captioner(vocabulary=Vocabulary(["red", "Blue", "ball"])).double()
+    for banned, left in (
+        ((), {4, 5, 6}),
+        (("RED",), {5, 6}),
+        (("Blue",), {4, 6}),
+        (("zebra", "<unk>", "."), {4, 5, 6}),
+    ):
+        found = model.search(some_annotations(2), beam_size=40, max_words=2, banned=banned)
+        assert {index for image in found for hypothesis in image for index in hypothesis.tokens} - {END} == left
+
+
+def test_a_prefix_of_words_that_the_model_does_not_know_is_an_error():
+    with pytest.raises(InputError, match="'zebra'.* does not know") as error:
+        captioner().double().search(some_annotations(2), prefix="a red zebra on a giraffe")
+    assert one_sentence(error)
+
+
+def test_a_setting_that_does_not_exist_is_an_error():
+    with pytest.raises(TypeError, match="beamsize"):
+        captioner().double().search(some_annotations(1), beamsize=3)
+
+
+def test_settings_stand_before_those_of_a_decoding():
+    model, annotations = captioner().double(), some_annotations(2)
+    decoding = Decoding(beam_size=2, max_words=4)
+    assert model.search(annotations, decoding) == model.search(annotations, beam_size=2, max_words=4)
+    assert model.search(annotations, decoding, beam_size=3) == model.search(annotations, beam_size=3, max_words=4)
+
+
 # Captions
 
 
@@ -519,11 +604,109 @@ def test_the_attention_of_any_words_can_be_asked_for(tmp_path):
         model.head_weights(tmp_path / "missing.png", long)
 
 
-def test_attention_is_read_from_one_teacher_forced_pass():
+@pytest.mark.parametrize("settings", [{"beam_size": 2}, {"captions": 3}, {"captions": 3, "sample": True}], ids=str)
+def test_attention_is_read_from_one_teacher_forced_pass_over_all_captions(settings):
     model, passes = captioner(), []
     model.decoder.register_forward_hook(lambda *_: passes.append(1))
-    model.caption(some_images(3), beam_size=2)
-    assert len(passes) == 1
+    found = list(model.caption_stream(some_images(3), **settings))
+    assert len(passes) == 1 and [len(captions) for captions in found] == [settings.get("captions", 1)] * 3
+
+
+@over_decodings
+@every_kind
+def test_each_of_several_captions_brings_its_own_attention(name, settings):
+    model, images = captioner(name).double(), some_images(3)
+    settings = {"captions": min(3, settings.get("beam_size", 3)), **settings}
+    for image, captions in zip(images, model.caption_stream(images, max_words=6, **settings), strict=True):
+        assert [caption.score for caption in captions] == sorted((one.score for one in captions), reverse=True)
+        for caption in captions:
+            total, weights = teacher_forced(model, image, caption.words)
+            assert caption.log_probability == pytest.approx(total, abs=1e-6)
+            assert (caption.attention is None) == (weights is None)
+            if weights is not None:
+                assert same(caption.attention.double(), weights, 1e-6)
+
+
+def test_a_stream_holds_a_batch_at_a_time_and_gives_what_the_images_give_alone():
+    model, images, taken = captioner().double(), some_images(5), []
+    settings = {"max_words": 6, "sample": True, "captions": 2, "seed": 3}
+
+    def source():
+        for image in images:
+            taken.append(image)
+            yield image
+
+    stream = model.caption_stream(source(), batch_size=2, **settings)
+    assert taken == []
+    said = [[caption.text for caption in next(stream)]]
+    assert len(taken) == 2
+    said += [[caption.text for caption in captions] for captions in stream]
+    assert len(said) == len(taken) == 5
+    # Nor do an image's samples depend on the size of the batches.
+    assert [[caption.text for caption in captions] for captions in model.caption_stream(images, **settings)] == said
+    best = [caption.text for caption in model.caption(images, batch_size=3, **settings)]
+    assert best == [texts[0] for texts in said]
+
+
+def test_what_a_stream_cannot_do_it_says_at_once():
+    with pytest.raises(InputError, match="batch_size is 0") as error:
+        captioner().caption_stream(some_images(1), batch_size=0)
+    assert one_sentence(error)
+    with pytest.raises(InputError, match="beam_size"):
+        captioner().caption_stream(some_images(1), beam_size=0)
+
+
+def test_images_may_be_arrays_and_tensors_one_or_many():
+    model, images = captioner(), some_images(3)
+    expected = [caption.text for caption in model.caption(images)]
+    arrays = [np.asarray(image) for image in images]
+    tensors = [torch.from_numpy(array.copy()).movedim(2, 0) for array in arrays]
+    for many in (
+        arrays,
+        np.stack(arrays),
+        tensors,
+        torch.stack(tensors),
+        tuple(arrays),
+        [images[0], arrays[1], tensors[2]],
+    ):
+        assert [caption.text for caption in model.caption(many)] == expected
+    for one in (arrays[0], tensors[0]):
+        assert [caption.text for caption in model.caption(one)] == expected[:1]
+    grey = images[0].convert("L")
+    assert model.caption(np.asarray(grey))[0].text == model.caption(grey)[0].text
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((4, 5, 3)), r"Image 1 is an array \(4, 5, 3\) of float64"),
+        (np.zeros((3, 4, 5), np.uint8), r"an array \(3, 4, 5\) of uint8"),
+        (np.zeros((0, 5, 3), np.uint8), r"an array \(0, 5, 3\)"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), r"a tensor \(4, 5, 3\) of torch.uint8"),
+        (torch.zeros(3, 4, 5), r"a tensor \(3, 4, 5\) of torch.float32"),
+        (torch.zeros(3, dtype=torch.uint8), r"a tensor \(3,\)"),
+        (None, "of type NoneType"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_named(image, said):
+    with pytest.raises(InputError, match=said) as error:
+        captioner().caption([some_images(1)[0], image])
+    assert one_sentence(error)
+
+
+def test_pixels_and_annotations_are_captioned_as_the_images_are():
+    model, images = captioner().double(), some_images(3)
+    assert model.preprocessings == [TINY]
+    annotations = model.annotate_pixels([torch.stack([TINY.pixels(image) for image in images])])
+    found = model.caption_annotations(annotations, Decoding(captions=2))
+    for captions, others in zip(found, model.caption_stream(images, captions=2), strict=True):
+        assert [caption.log_probability for caption in captions] == [caption.log_probability for caption in others]
+    drawn = Decoding(sample=True, captions=4)
+    one = model.caption_annotations(of_image(annotations, 2), drawn, numbers=[2])[0]
+    assert [caption.words for caption in model.caption_annotations(annotations, drawn)[2]] == [
+        each.words for each in one
+    ]
 
 
 def test_captions_do_not_depend_on_the_batch_size():
