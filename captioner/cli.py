@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from captioner.ensemble import Ensemble
     from captioner.model import Captioner
 
 HELP = """\
@@ -196,8 +196,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see '{self.prog} --help'.")
 
 
-def _parser(command: str, description: str) -> _Parser:
-    return _Parser(prog=f"captioner {command}", description=description, allow_abbrev=False)
+def _parser(command: str, description: str, add_help: bool = True) -> _Parser:
+    return _Parser(prog=f"captioner {command}", description=description, allow_abbrev=False, add_help=add_help)
 
 
 def _positive(text: str) -> int:
@@ -223,80 +223,16 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _caption(args: Sequence[str]) -> int:
-    parser = _parser("caption", "Caption images.")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="image files, and folders of them")
-    _add_checkpoint(parser)
-    parser.add_argument(
-        "--beam-size", type=_positive, default=5, metavar="K", help="hypotheses; 1 is greedy (default 5)"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines instead of printing")
-    parser.add_argument("--overlay", type=Path, metavar="DIR", help="draw each image with the attention of each word")
-    options = parser.parse_args(args[1:])
+    from captioner.caption_command import HELP as CAPTION_HELP
+    from captioner.caption_command import add_options, run, understand
 
-    from captioner.images import find_images, read_image
-
-    paths = find_images(options.paths)
-    if options.output is not None:
-        check_writable(options.output)
-    if options.overlay is not None:
-        _make_folder(options.overlay)
-    model = _open(options)
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from captioner.overlay import draw_overlay
-
-    lines, failures = [], 0
-    pictures = _picture_names(paths)
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("Captioning", total=len(paths))
-        for first in range(0, len(paths), 32):
-            images = {}
-            for path in paths[first : first + 32]:
-                try:
-                    images[path] = read_image(path)
-                except InputError as error:
-                    failures += 1
-                    progress.console.print(f"captioner: {error}", highlight=False, markup=False, soft_wrap=True)
-            captions = model.caption(list(images.values()), beam_size=options.beam_size)
-            for (path, image), caption in zip(images.items(), captions, strict=True):
-                if options.output is None:
-                    print(f"{path}\t{caption.text}", flush=True)
-                else:
-                    record = {"image": str(path), "caption": caption.text, "log_probability": caption.log_probability}
-                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-                if options.overlay is not None:
-                    picture = draw_overlay(image, caption, model.preprocessing)
-                    try:
-                        picture.save(options.overlay / pictures[path])
-                    except OSError as error:
-                        raise InputError(
-                            f"{options.overlay} takes no picture ({error.strerror}): choose another folder."
-                        ) from error
-            progress.advance(bar, len(paths[first : first + 32]))
-    if options.output is not None:
-        write(options.output, "".join(lines))
-    if failures:
-        print(f"captioner: {failures} of {len(paths)} images could not be read.", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return a file name for each image's overlay; images of one name from several folders get numbers."""
-    names: dict[Path, str] = {}
-    seen: Counter[str] = Counter()
-    for path in paths:
-        seen[path.stem] += 1
-        names[path] = f"{path.stem}.png" if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}.png"
-    return names
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {path} cannot be made ({error.strerror}): give another one.") from error
+    parser = _parser("caption", "Caption images.", add_help=False)
+    add_options(parser)
+    if {"-h", "--help"} & set(args):
+        print(parser.format_help() if "all" in args else CAPTION_HELP, end="")
+        return 0
+    options = understand(parser, args[1:])
+    return run(options, lambda: _open_together(options))
 
 
 def _open(options: argparse.Namespace) -> Captioner:
@@ -305,6 +241,18 @@ def _open(options: argparse.Namespace) -> Captioner:
     return Captioner.from_checkpoint(
         options.checkpoint, encoder=_foreign_encoder(options.encoder), device=_device(options.device)
     )
+
+
+def _open_together(options: argparse.Namespace) -> Captioner | Ensemble:
+    """Open the checkpoints that write each caption together."""
+    first, *others = options.checkpoint
+    model = _open(argparse.Namespace(checkpoint=first, encoder=options.encoder, device=options.device))
+    if not others:
+        return model
+
+    from captioner.ensemble import Ensemble
+
+    return Ensemble.open(model, others)
 
 
 def _device(name: str) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from captioner.errors import InputError
@@ -16,13 +18,36 @@ def write(path: Path, text: str) -> None:
     InputError
         If it cannot be written.
     """
+    write_parts(path, [text])
+
+
+def write_parts(path: Path, parts: Iterable[str], to_disk: bool = False) -> None:
+    """Write a file of parts that are made one after the other, whole or not at all.
+
+    Parameters
+    ----------
+    path, parts
+        Where to, and what.
+    to_disk
+        Wait until it is there, so that what it was made of may be deleted.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     try:
         # Half characters, such as a file's name may hold, stand in JSON as its own escapes.
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.writelines(parts)
+            if to_disk:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
 
 

@@ -44,7 +44,7 @@ def test_an_unknown_command_names_the_known_ones(capsys):
     assert main(["capton"]) == 2 and "choose from fit, validate, test, caption" in one_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["caption", "demo", "faithfulness", "study"])
+@pytest.mark.parametrize("command", ["demo", "faithfulness", "study"])
 def test_a_commands_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -55,7 +55,7 @@ def test_interrupting_is_no_traceback(monkeypatch, capsys, images, best):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Captioner, "caption", interrupt)
+    monkeypatch.setattr(Captioner, "annotate", interrupt)
     assert main(["caption", str(images[0]), "--checkpoint", str(best)]) == 130
     assert one_line(capsys) == "captioner: interrupted.\n"
 
@@ -120,8 +120,8 @@ def test_bad_images_alone(best, tmp_path, capsys):
         (["missing.jpg"], "no file or folder missing.jpg"),
         (["{empty}"], "holds no image"),
         (["{image}", "--nope"], "--nope"),
-        (["{image}", "--beam-size", "0"], "above 0"),
-        (["{image}", "--beam-size", "two"], "above 0"),
+        (["{image}", "--beam-size", "0"], "at least 1"),
+        (["{image}", "--beam-size", "two"], "--beam-size"),
         (["{image}", "--output", "{empty}/no/such/out.jsonl"], "out.jsonl cannot be written"),
         (["{image}", "--output", "{empty}"], "is a folder"),
         (["{image}", "--overlay", "{image}"], "cannot be made"),

@@ -37,10 +37,10 @@ LEVELS = {
         "annotation_cache",
         "cache_listing",
     ],
-    2: ["model", "objectives", "datamodule", "evaluation"],
+    2: ["model", "objectives", "datamodule", "evaluation", "caption_files"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
-    4: ["task"],
-    5: ["model_card"],
+    4: ["task", "stand_ins"],
+    5: ["model_card", "caption_command"],
     6: ["training", "study_table"],
     7: ["demo", "study_runs"],
     8: ["cli"],
@@ -110,6 +110,8 @@ def python(code):
         ".study",
         ".cache_listing",
         ".cli",
+        ".caption_files",
+        ".caption_command",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module):

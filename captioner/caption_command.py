@@ -1,0 +1,471 @@
+"""`captioner caption`: images from anywhere to captions in the files that people use, whatever happens on the way."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from captioner.caption_files import (
+    FORMATS,
+    CaptionFile,
+    Outcome,
+    Sidecars,
+    counted,
+    format_of,
+    in_one_line,
+)
+from captioner.errors import InputError
+from captioner.output_files import check_writable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from captioner.ensemble import Ensemble
+    from captioner.model import Captioner
+
+HELP = """\
+usage: captioner caption PATH... --checkpoint FILE [options]
+
+PATH is an image, a folder (with all that are in it), a pattern such as 'trip/*.jpg', @list.txt with
+a path in each line, or - for such a list on standard input. Three examples:
+
+  captioner caption photo.jpg --checkpoint best.ckpt
+      prints the path and the caption
+  captioner caption holiday/ --checkpoint best.ckpt --output captions.jsonl
+      writes a file; stopped at any moment, the same command goes on from there
+  captioner caption holiday/ --checkpoint best.ckpt --sidecar
+      writes photo.txt beside photo.png; images that have theirs are skipped
+
+  --checkpoint FILE ...  what `captioner fit` wrote; several write each caption together
+  --output FILE          by its name: .jsonl, .csv, .json (COCO results), metadata.jsonl (Hugging Face)
+  --sidecar [.EXT]       a text file beside each image (.txt), for training sets
+  --overlay DIR          draw each image with the attention of each word
+  --overwrite            replace files of earlier runs
+
+  --captions N           several for each image, the best first
+  --beam-size K          hypotheses (default 5); 1 is greedy and faster
+  --max-words N          the longest caption (default 20)
+  --begin-with TEXT      how every caption begins, such as "a photo of"
+  --ban WORD ...         words that no caption may say
+  --sample               draw captions instead of searching the likeliest
+  --device DEVICE        cpu (default), cuda, ...
+
+Images that cannot be read are named and skipped, and the exit code is then 1.
+All options: captioner caption --help all
+"""
+
+
+class Flag(NamedTuple):
+    """An option of the command line that is a field of `captioner.model.Decoding`, whose default it leaves alone."""
+
+    name: str
+    field: str
+    help: str
+    type: type = int
+    metavar: str | None = "N"
+    several: bool = False
+
+
+DECODING = (
+    Flag("--beam-size", "beam_size", "hypotheses (default 5); 1 is greedy", metavar="K"),
+    Flag("--length-penalty", "length_penalty", "0 favours short captions, 1 long ones (default 0.7)", float, "X"),
+    Flag("--min-words", "min_words", "the shortest caption (default 0)"),
+    Flag("--max-words", "max_words", "the longest caption (default 20)"),
+    Flag("--no-repeat-ngram", "no_repeat_ngram", "say no N words in a row twice (default 0: allowed)"),
+    Flag("--ban", "banned", "words that no caption may say", str, "WORD", several=True),
+    Flag("--begin-with", "prefix", 'how every caption begins, such as "a photo of"', str, "TEXT"),
+    Flag("--captions", "captions", "captions for each image, the best first (default 1)"),
+    Flag("--groups", "groups", "split the beam into groups that avoid each other's words (default 1)"),
+    Flag("--diversity", "diversity", "how strongly they avoid them (default 0.5)", float, "X"),
+    Flag("--sample", "sample", "draw captions instead of searching the likeliest", bool, None),
+    Flag("--temperature", "temperature", "of the draws; below 1 is more careful (default 1.0)", float, "X"),
+    Flag("--top-k", "top_k", "draw among the K likeliest words (default 0: all)", metavar="K"),
+    Flag("--top-p", "top_p", "draw among the likeliest words that reach probability P (default 1.0)", float, "P"),
+    Flag("--seed", "seed", "of the draws (default 0)"),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Define the options of the command, but for --help."""
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="an image, a folder, a pattern, @list.txt, or -")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint",
+        nargs="+",
+        action="append",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what `captioner fit` wrote; several of the same words choose each word by their mean probability",
+    )
+    model.add_argument(
+        "--encoder",
+        metavar="PACKAGE:CLASS",
+        help="the encoder's class, for a checkpoint that was trained with one of your own",
+    )
+    model.add_argument("--device", default="cpu", help="where the model runs: cpu (default), cuda, ...")
+    model.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
+    model.add_argument(
+        "--workers",
+        type=int,
+        default=max(1, min(4, (os.cpu_count() or 1) - 1)),
+        metavar="N",
+        help="processes that read images (default here %(default)s); 0 reads in this one",
+    )
+    output = parser.add_argument_group("where captions go (by default they are printed: path, tab, caption)")
+    output.add_argument("--output", type=Path, metavar="FILE", help=".jsonl, .csv, .json or metadata.jsonl")
+    output.add_argument("--format", choices=list(FORMATS), help="of the output, where its name does not tell")
+    output.add_argument("--overlay", type=Path, metavar="DIR", help="draw each image with the attention of each word")
+    output.add_argument("--overwrite", action="store_true", help="replace files of earlier runs")
+    output.add_argument(
+        "--sidecar",
+        nargs="?",
+        const=".txt",
+        metavar=".EXT",
+        help="a text file beside each image, photo.txt for photo.png; several captions are several lines",
+    )
+    output.add_argument("--prefix", metavar="TEXT", help="before each caption in a sidecar, as it is, spaces too")
+    output.add_argument("--suffix", metavar="TEXT", help="after it")
+    decoding = parser.add_argument_group("decoding")
+    for flag in DECODING:
+        kind: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}
+        if flag.type is bool:
+            kind = {"action": "store_true"}
+        elif flag.several:
+            kind |= {"nargs": "+", "action": "extend"}
+        decoding.add_argument(flag.name, dest=flag.field, default=argparse.SUPPRESS, help=flag.help, **kind)
+
+
+def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
+    """Parse the command's arguments, and see to what can be seen to without a model.
+
+    Options that take one value or more swallow paths that follow them. Those that cannot be meant for them are given
+    back: after --checkpoint a folder, or a name that ends otherwise than the first; after --sidecar what is no
+    extension.
+
+    Raises
+    ------
+    InputError
+        Where they do not fit together.
+    """
+    options = parser.parse_intermixed_args(list(args))
+    members = []
+    for first, *others in options.checkpoint:
+        members.append(first)
+        for path in others:
+            if path.suffix == first.suffix and not path.is_dir():
+                members.append(path)
+            else:
+                options.paths.append(str(path))
+    options.checkpoint = members
+    if options.sidecar is not None and not re.fullmatch(r"\.\w+", options.sidecar):
+        options.paths.append(options.sidecar)
+        options.sidecar = ".txt"
+    if not options.paths:
+        raise InputError("There is no PATH: name images or folders first, as in 'captioner caption holiday/ ...'.")
+    if options.sidecar is None and (options.prefix is not None or options.suffix is not None):
+        raise InputError(
+            "--prefix and --suffix stand around the captions of sidecar files: give --sidecar, too, or tell the model "
+            "how to begin by --begin-with."
+        )
+    if options.format is not None and options.output is None:
+        raise InputError("--format is that of the file: give --output FILE, too.")
+    for flag, value, least in (("--batch-size", options.batch_size, 1), ("--workers", options.workers, 0)):
+        if value < least:
+            raise InputError(f"{flag} is {value}: it must be at least {least}.")
+    if options.output is not None:
+        check_writable(options.output)
+        options.format = options.format or format_of(options.output)
+    return options
+
+
+def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemble]) -> int:
+    """Caption images.
+
+    Parameters
+    ----------
+    options
+        From `understand`.
+    open_model
+        Opens the checkpoints; called when all else has been looked at.
+
+    Returns
+    -------
+    int
+        The exit code: 1 where an image could not be read, 130 where the user interrupted.
+
+    Raises
+    ------
+    InputError
+        Where an option, a checkpoint or a file cannot be used.
+    """
+    from captioner.images import find_images
+    from captioner.stand_ins import Decoding
+
+    given: dict[str, Any] = {
+        flag.field: tuple(value) if flag.several else value
+        for flag in DECODING
+        if (value := getattr(options, flag.field, None)) is not None
+    }
+    decoding = Decoding(**given)
+    work = _Work(options, find_images(options.paths), decoding)
+    with ExitStack() as held:
+        todo = work.begin(held)
+        try:
+            if todo:
+                work.caption(todo, open_model())
+            return work.end()
+        except KeyboardInterrupt:
+            say(work.interrupted())
+            return 130
+
+
+def say(sentence: str, progress: Progress | None = None) -> None:
+    """Print a line to standard error, above the bar if there is one."""
+    line = f"captioner: {in_one_line(sentence)}"
+    if progress is not None and not progress.disable:
+        progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Work:
+    """What is to be captioned, and where to; and how far it is."""
+
+    def __init__(self, options: argparse.Namespace, paths: Sequence[Path], decoding: Any) -> None:
+        self.options, self.paths, self.decoding = options, list(paths), decoding
+        self.printed = options.output is None and options.sidecar is None
+        self.output: CaptionFile | None = None
+        self.sidecars: Sidecars | None = None
+        self.pictures: dict[Path, Path] = {}
+        self.done = self.failed = 0
+        if options.sidecar is not None:
+            self.sidecars = Sidecars(options.sidecar, options.prefix or "", options.suffix or "")
+            self._check_sidecars(self.sidecars)
+        if options.overlay is not None:
+            make_folder(options.overlay)
+            self.pictures = {path: options.overlay / name for path, name in picture_names(self.paths).items()}
+        if options.output is not None:
+            form = FORMATS[options.format](options.output, decoding.captions)
+            form.check(self.paths)
+            self.output = CaptionFile(form, self._settings())
+
+    def _settings(self) -> Mapping[str, object]:
+        """Return all that decides captions, and the files that are written before an image counts as done."""
+        options = self.options
+        return {
+            "checkpoints": [_fingerprint(path) for path in options.checkpoint],
+            "encoder": options.encoder,
+            **asdict(self.decoding),
+            "sidecar": self.sidecars,
+            "overlay": None if options.overlay is None else str(options.overlay),
+        }
+
+    def _check_sidecars(self, sidecars: Sidecars) -> None:
+        """Keep text from images' names, and two images from one name; see before the work that all can be written."""
+        images = set(self.paths)
+        owners: dict[Path, Path] = {}
+        shared = []
+        for path in self.paths:
+            sidecar = sidecars.path(path)
+            if sidecar in images:
+                raise InputError(
+                    f"--sidecar {sidecars.extension} would take the place of the image {sidecar}: choose an extension "
+                    "that no image has."
+                )
+            if owners.setdefault(sidecar, path) != path:
+                shared.append(path)
+        for folder in {sidecar.parent: sidecar for sidecar in owners}.values():
+            check_writable(folder)
+        if shared:
+            first = sidecars.path(shared[0])
+            say(
+                f"{counted(len(shared))} would share a text file with another, as {shared[0]} with {owners[first]}: "
+                "the first of them has it."
+            )
+        self.owners = owners
+
+    def begin(self, held: ExitStack) -> list[Path]:
+        """Return the images to caption. The file is kept from other processes until `held` is closed."""
+        found: list[Path] | None = None
+        if self.output is not None:
+            held.enter_context(self.output.held())
+            found = self.output.begin(self.paths, self.options.overwrite)
+            if found is None:
+                say(f"{self.output.file} holds all {counted(len(self.paths))} already; --overwrite captions them anew.")
+                self.output = None
+        if self.output is not None:
+            todo = found or []
+        elif self.printed:
+            todo = self.paths
+        else:
+            todo = [path for path in self.paths if self._lacks_files(path)]
+        self.done = len(self.paths) - len(todo)
+        if self.done and (self.output is not None or self.sidecars is not None):
+            anew = "." if self.output is not None else "; --overwrite captions them anew."
+            say(f"{self.done:,} of {counted(len(self.paths))} are done already{anew}")
+        return todo
+
+    def _lacks_files(self, path: Path) -> bool:
+        picture = self.pictures.get(path)
+        return self._wants_sidecar(path) or (picture is not None and (self.options.overwrite or not picture.exists()))
+
+    def _wants_sidecar(self, path: Path) -> bool:
+        if self.sidecars is None:
+            return False
+        sidecar = self.sidecars.path(path)
+        return self.owners[sidecar] == path and (self.options.overwrite or not sidecar.exists())
+
+    def caption(self, todo: Sequence[Path], model: Any) -> None:
+        """Caption images, and hand the captions on batch by batch."""
+        import torch
+
+        from captioner.stand_ins import StandIn, read_images
+
+        model = StandIn(model)
+        places = {path: place for place, path in enumerate(self.paths)}
+        with _progress(self.printed) as progress:
+            bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
+            for batch in read_images(todo, model.preprocessings, self.options.workers, self.options.batch_size):
+                outcomes: dict[Path, Outcome] = {}
+                readable = []
+                for _, path, pixels in batch:
+                    outcomes[path] = Outcome(path)
+                    if isinstance(pixels, InputError):
+                        outcomes[path] = Outcome(path, fault=in_one_line(pixels))
+                    else:
+                        readable.append((path, pixels))
+                if readable:
+                    annotations = model.annotate_pixels(
+                        [torch.stack(pixels) for pixels in zip(*(pixels for _, pixels in readable), strict=True)]
+                    )
+                    # Not the same draws for each batch; the same after an interruption.
+                    seed = self.decoding.seed + places[readable[0][0]] if self.decoding.sample else self.decoding.seed
+                    found = model.caption_annotations(annotations, replace(self.decoding, seed=seed))
+                    for (path, _), captions in zip(readable, found, strict=True):
+                        outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
+                for outcome in outcomes.values():
+                    if outcome.fault:
+                        self.failed += 1
+                        say(outcome.fault, progress)
+                if self.output is not None:
+                    self.output.add(list(outcomes.values()))
+                self.done += len(outcomes)
+                progress.advance(bar, len(outcomes))
+
+    def _hand_on(self, path: Path, captions: Sequence[Any], preprocessing: Any) -> Outcome:
+        """Draw, print, and write beside the image what is wanted of its captions."""
+        outcome = Outcome(path, [(caption.text, caption.log_probability) for caption in captions])
+        if path in self.pictures:
+            from captioner.images import read_image
+            from captioner.overlay import draw_overlay
+
+            try:
+                image = read_image(path)
+            except InputError as error:  # it was there a moment ago
+                return Outcome(path, fault=in_one_line(error))
+            _save(draw_overlay(image, captions[0], preprocessing), self.pictures[path])
+        if self.sidecars is not None and self._wants_sidecar(path):
+            self.sidecars.write(outcome)
+        if self.printed:
+            for text, _ in outcome.captions:
+                print(f"{_printable(path)}\t{text}", flush=True)
+        return outcome
+
+    def end(self) -> int:
+        """Complete the file, say what failed, and return the exit code."""
+        if self.output is not None:
+            self.failed = self.output.finish(self.paths)
+        if self.failed:
+            where = "" if self.output is None else f"; {self.output.failures} lists them"
+            say(f"{self.failed:,} of {len(self.paths):,} images could not be read{where}.")
+        return 1 if self.failed else 0
+
+    def interrupted(self) -> str:
+        """Return what the user is told."""
+        if self.printed:
+            return "interrupted."
+        return f"interrupted after {self.done:,} of {counted(len(self.paths))}: the same command goes on from there."
+
+
+def picture_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return a file name for each image's overlay; images of one name from several folders get numbers."""
+    names: dict[Path, str] = {}
+    # First those that are called so: photo-2.jpg keeps photo-2.png from a second photo.jpg.
+    taken = {f"{path.stem}.png" for path in paths}
+    called: set[str] = set()
+    for path in paths:
+        name, number = f"{path.stem}.png", 1
+        while name in called or (number > 1 and name in taken):
+            number += 1
+            name = f"{path.stem}-{number}.png"
+        called.add(name)
+        names[path] = name
+    return names
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that may exist.
+
+    Raises
+    ------
+    InputError
+        If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {path} cannot be made ({error.strerror}): give another one.") from error
+
+
+def _save(picture: Any, path: Path) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        picture.save(unfinished, format="PNG")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{path.parent} takes no picture ({error.strerror}): choose another folder.") from error
+
+
+def _fingerprint(path: Path) -> str:
+    """Return what tells a checkpoint from others, whatever it is called."""
+    if not path.is_file():
+        raise InputError(f"There is no checkpoint {path}: give the file whose path 'captioner fit' prints at its end.")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _printable(path: Path) -> str:
+    encoding = sys.stdout.encoding or "utf-8"
+    return in_one_line(path).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _progress(printed: bool) -> Progress:
+    """Return a bar for a terminal. Captions that go into a file or a pipe are kept out of it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} images/s")
+
+    return Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=printed and sys.stdout.isatty(),
+    )

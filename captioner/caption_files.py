@@ -1,0 +1,504 @@
+"""The files that captions of images go to, and how a run that was stopped at any moment goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from filelock import FileLock, Timeout
+
+from captioner.annotation_files import read_text
+from captioner.errors import InputError
+from captioner.output_files import check_writable, write, write_parts
+from captioner.results import read_results
+
+JOURNAL = 1  # the version of its form
+COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")  # as in COCO_val2014_000000000042.jpg, since 2017 alone
+
+
+class Outcome(NamedTuple):
+    """What became of an image.
+
+    Attributes
+    ----------
+    image : Path
+        Its file.
+    captions : sequence of tuple
+        Each caption's text and natural log-probability, the best first; empty where there is none.
+    fault : str
+        Why there is none: one line, empty where there is one.
+    """
+
+    image: Path
+    captions: Sequence[tuple[str, float]] = ()
+    fault: str = ""
+
+
+def in_one_line(text: object) -> str:
+    r"""Return text, such as a file's name, with each line break, tab or other control character as an escape (\n)."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+
+
+def counted(number: int) -> str:
+    """Return a number of images, for people to read."""
+    return f"{number:,} image{'s' * (number != 1)}"
+
+
+# The formats
+
+
+class Format(ABC):
+    """A format of files of captions.
+
+    Parameters
+    ----------
+    file : Path
+        The file that is to be written.
+    captions : int
+        How many captions an image may have.
+    """
+
+    def __init__(self, file: Path, captions: int) -> None:
+        self.file = file
+        self.captions = captions
+
+    @abstractmethod
+    def name(self, image: Path) -> str | int:
+        """Return what the file calls an image.
+
+        Raises
+        ------
+        InputError
+            Where the format has no name for it.
+        """
+
+    @abstractmethod
+    def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+        """Return the file's text, part by part, of images that have captions."""
+
+    def names(self) -> set[str | int]:
+        """Return what the existing file calls the images that it holds.
+
+        Raises
+        ------
+        InputError
+            Where it is no such file.
+        """
+        return {result.image for result in read_results(self.file)} if self.file.stat().st_size else set()
+
+    def check(self, images: Sequence[Path]) -> None:
+        """See before the work that the format can hold what is to come.
+
+        Raises
+        ------
+        InputError
+            If it cannot, such as where two images have one name in it.
+        """
+        named: dict[str | int, Path] = {}
+        for image in images:
+            name = self.name(image)
+            if name in named:
+                raise InputError(
+                    f"{self.file} would call both {named[name]} and {image} {name!r}: choose JSON lines, which keep "
+                    "the paths, or caption these folders into a file each."
+                )
+            named[name] = image
+
+
+class JSONLines(Format):
+    """An object in each line: "image" (the path), "caption" and "log_probability" of the best, "captions" of several.
+
+    "captions" holds objects with "caption" and "log_probability", the best among them.
+    """
+
+    def name(self, image: Path) -> str:
+        """Return the path, see `Format.name`."""
+        return str(image)
+
+    def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+        """Return the lines, see `Format.parts`."""
+        for image, captions, _ in outcomes:
+            several = [{"caption": text, "log_probability": value} for text, value in captions]
+            record = {"image": self.name(image), **several[0], **({"captions": several} if self.captions > 1 else {})}
+            yield json.dumps(record, ensure_ascii=False) + "\n"
+
+
+class CSV(Format):
+    """A row for each image: image (the path), caption and log_probability, then caption_2, log_probability_2, ..."""
+
+    def name(self, image: Path) -> str:
+        """Return the path, see `Format.name`."""
+        # CSV has no escapes of its own for half a character, and UTF-8 has no place for it.
+        return str(image).encode("utf-8", "backslashreplace").decode()
+
+    def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+        """Return the rows, see `Format.parts`."""
+        numbers = ["", *(f"_{number}" for number in range(2, self.captions + 1))]
+        yield _row(["image", *(f"{column}{number}" for number in numbers for column in ("caption", "log_probability"))])
+        for image, captions, _ in outcomes:
+            values = [value for caption in captions for value in caption]
+            yield _row([self.name(image), *values, *[""] * (2 * self.captions - len(values))])
+
+    def names(self) -> set[str | int]:
+        """Return the paths, see `Format.names`."""
+        return {str(name) for name in super().names()}
+
+
+class COCOResults(Format):
+    """COCO's results: a JSON list of "image_id" and "caption", one for each image.
+
+    The id is the number in a name such as COCO_val2014_000000000042.jpg or 000000000042.jpg, and else the file's name.
+    """
+
+    def name(self, image: Path) -> str | int:
+        """Return the number or the name, see `Format.name`."""
+        number = COCO_NAME.fullmatch(image.stem)
+        return int(number[1]) if number else image.name
+
+    def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+        """Return the list, see `Format.parts`."""
+        before = "[\n"
+        for image, captions, _ in outcomes:
+            yield before + json.dumps({"image_id": self.name(image), "caption": captions[0][0]}, ensure_ascii=False)
+            before = ",\n"
+        yield "[]\n" if before == "[\n" else "\n]\n"
+
+    def names(self) -> set[str | int]:
+        """Return the ids, see `Format.names`."""
+        return set() if read_text(self.file).split() == ["[]"] else super().names()
+
+    def check(self, images: Sequence[Path]) -> None:
+        """See that it can hold what is to come, see `Format.check`."""
+        if self.captions > 1:
+            raise InputError(
+                f"{self.file} is to hold COCO results, which are one caption of each image, and not {self.captions}: "
+                "leave out --captions, or choose .jsonl or .csv."
+            )
+        super().check(images)
+
+
+class Metadata(Format):
+    """The metadata.jsonl of Hugging Face's image folders: "file_name", seen from its own folder, and "text".
+
+    Of several captions "text" is the list, the best first.
+    """
+
+    def name(self, image: Path) -> str:
+        """Return the path from the file's folder on, see `Format.name`."""
+        folder = Path(os.path.abspath(self.file)).parent  # not resolved: a link inside the folder is inside
+        try:
+            return Path(os.path.abspath(image)).relative_to(folder).as_posix()
+        except ValueError:
+            raise InputError(
+                f"{self.file} can name no image outside its own folder, such as {image}: write the file into a folder "
+                "that holds all of them."
+            ) from None
+
+    def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+        """Return the lines, see `Format.parts`."""
+        for image, captions, _ in outcomes:
+            texts = [text for text, _ in captions]
+            record = {"file_name": self.name(image), "text": texts if self.captions > 1 else texts[0]}
+            yield json.dumps(record, ensure_ascii=False) + "\n"
+
+    def names(self) -> set[str | int]:
+        """Return the paths, see `Format.names`."""
+        try:
+            return {json.loads(line)["file_name"] for line in read_text(self.file).split("\n") if line}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.file} is no metadata.jsonl.") from None
+
+
+FORMATS: dict[str, type[Format]] = {"jsonl": JSONLines, "csv": CSV, "coco": COCOResults, "metadata": Metadata}
+SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
+
+
+def format_of(file: Path) -> str:
+    """Return the key in `FORMATS` of what a file's name promises.
+
+    Raises
+    ------
+    InputError
+        If it promises none.
+    """
+    if file.name == "metadata.jsonl":
+        return "metadata"
+    if file.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"The format of {file} is not known from its name: end it in {', '.join(SUFFIXES)}, call it "
+            f"metadata.jsonl, or give --format {', '.join(FORMATS)}."
+        )
+    return SUFFIXES[file.suffix.lower()]
+
+
+def _row(values: Sequence[object]) -> str:
+    row = io.StringIO(newline="")
+    csv.writer(row).writerow(values)
+    return row.getvalue()
+
+
+# The journal, and the file that becomes of it
+
+
+class CaptionFile:
+    """A file of captions that is written whole, and the journal beside it that a run which was stopped goes on from.
+
+    The journal ``FILE.partial`` has a line with the run's settings and one for each image that is done. Lines are added
+    batch by batch and are on the disk before the next batch begins. Each counts how many of its batch follow it, so
+    that a batch whose writing was cut off is known and dropped. In the end the file is made of it and takes its place.
+    While a process writes, it holds ``FILE.lock``, which the system takes from a process that is killed.
+
+    Parameters
+    ----------
+    form : Format
+        Names the file and its format.
+    settings : mapping
+        All that decides the captions, as plain JSON: a run goes on with these alone.
+    """
+
+    def __init__(self, form: Format, settings: Mapping[str, object]) -> None:
+        self.form = form
+        self.file = form.file
+        self.journal = self.file.with_name(self.file.name + ".partial")
+        self.failures = self.file.with_name(self.file.name + ".failures.txt")
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._places: dict[str, int] = {}  # in the journal, of each image's last line
+        self._end = 0  # of its last whole batch
+
+    @contextmanager
+    def held(self) -> Iterator[Self]:
+        """Keep other processes from writing the file.
+
+        Raises
+        ------
+        InputError
+            Where another one does, or nothing can be written there.
+        """
+        check_writable(self.file)
+        path = self.file.with_name(self.file.name + ".lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{self.file} is being written by another process: wait for it, or write elsewhere."
+            ) from None
+        except OSError as error:
+            raise InputError(f"The file {path} cannot be made ({error.strerror}): write elsewhere.") from error
+        try:
+            yield self
+        finally:
+            with suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+            lock.release()
+
+    def begin(self, images: Sequence[Path], overwrite: bool = False) -> list[Path] | None:
+        """Return the images that are still to be captioned, or None where the file is complete.
+
+        An image is done when it has captions in the journal and was not changed since. New images come first, and then
+        those that failed in an earlier run, which may have been mended.
+
+        Parameters
+        ----------
+        images
+            All that the file shall hold, in its order.
+        overwrite
+            Whether a file that is there, or a journal of other settings, gives way.
+
+        Raises
+        ------
+        InputError
+            Where these are there and do not give way.
+        """
+        self._places, self._end = {}, 0
+        found = self._read_journal()
+        if found is not None and found != self._settings and not overwrite:
+            raise InputError(
+                f"{self.journal} is what a run with other settings ({self._differences(found)}) has done: give those "
+                f"to go on, or --overwrite to begin anew."
+            )
+        if found != self._settings:
+            if found is None and self.file.exists() and not overwrite:
+                self._check_complete(images)
+                return None
+            self._places = {}
+            header = json.dumps({"captioner journal": JOURNAL, "settings": self._settings}) + "\n"
+            write_parts(self.journal, [header], to_disk=True)
+            self._end = len(header)
+        there = {outcome.image: bool(outcome.fault) for outcome in self._outcomes(images, unchanged=True)}
+        return [image for image in images if image not in there] + [image for image, failed in there.items() if failed]
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Write down what became of a batch of images. When this returns, it is on the disk.
+
+        Raises
+        ------
+        InputError
+            If it cannot be written. What was written down before stays.
+        """
+        lines = []
+        for left, (image, captions, fault) in zip(reversed(range(len(outcomes))), outcomes, strict=True):
+            record = {"image": str(image), "state": _state(image), "captions": captions, "fault": fault, "left": left}
+            lines.append(json.dumps(record).encode() + b"\n")
+        data = memoryview(b"".join(lines))
+        try:
+            with open(self.journal, "r+b", buffering=0) as file:
+                file.truncate(self._end)  # a batch that was cut off
+                file.seek(self._end)
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"The file {self.journal} cannot be written ({error.strerror}): see to it, and the same command goes "
+                "on where it stopped."
+            ) from error
+        for (image, _, _), line in zip(outcomes, lines, strict=True):
+            self._places[str(image)] = self._end
+            self._end += len(line)
+
+    def finish(self, images: Sequence[Path]) -> int:
+        """Write the file, and a list of the images that have failed beside it, and delete the journal.
+
+        Parameters
+        ----------
+        images
+            As for `begin`. All are done.
+
+        Returns
+        -------
+        int
+            How many have failed.
+
+        Raises
+        ------
+        InputError
+            If a file cannot be written. The journal stays.
+        """
+        faults = [f"{in_one_line(image)}\t{fault}\n" for image, _, fault in self._outcomes(images) if fault]
+        if faults:
+            write(self.failures, "".join(faults))
+        else:
+            self.failures.unlink(missing_ok=True)
+        parts = self.form.parts(outcome for outcome in self._outcomes(images) if outcome.captions)
+        write_parts(self.file, parts, to_disk=True)
+        self.journal.unlink()
+        return len(faults)
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        """Find the places of the images in the journal, and return its settings; None where there is no journal."""
+        try:
+            with open(self.journal, "rb") as file:
+                header = file.readline()
+                self._end = len(header)
+                batch, place = {}, self._end
+                for line in file:
+                    try:
+                        record = json.loads(line) if line.endswith(b"\n") else None
+                    except ValueError:
+                        break
+                    if record is None:
+                        break
+                    batch[record["image"]] = place
+                    place += len(line)
+                    if not record["left"]:
+                        self._places |= batch
+                        self._end = place
+                        batch = {}
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"The file {self.journal} cannot be read ({error.strerror}): see to it.") from error
+        try:
+            found = json.loads(header)
+            settings: dict[str, Any] = found["settings"]
+            if found["captioner journal"] != JOURNAL:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.journal} stands where a run writes down what it has done, and is not of this captioner: move "
+                "it away, or write elsewhere."
+            ) from None
+        return settings
+
+    def _outcomes(self, images: Iterable[Path], unchanged: bool = False) -> Iterator[Outcome]:
+        """Return what the journal holds of images; with `unchanged` of those alone that are what they were."""
+        with open(self.journal, "rb") as file:
+            for image in images:
+                if (place := self._places.get(str(image))) is not None:
+                    file.seek(place)
+                    record = json.loads(file.readline())
+                    if not unchanged or record["state"] == _state(image):
+                        yield Outcome(image, [(text, value) for text, value in record["captions"]], record["fault"])
+
+    def _differences(self, others: Mapping[str, Any]) -> str:
+        return ", ".join(
+            "another checkpoint" if name == "checkpoints" else f"{name} {others.get(name)!r} and not {value!r}"
+            for name, value in self._settings.items()
+            if others.get(name) != value
+        )
+
+    def _check_complete(self, images: Sequence[Path]) -> None:
+        try:
+            names = self.form.names()
+        except InputError:
+            raise InputError(
+                f"{self.file} is there already and holds no captions in this format: write elsewhere, or give "
+                "--overwrite to replace it."
+            ) from None
+        lacking = [image for image in images if self.form.name(image) not in names]
+        if lacking:
+            raise InputError(
+                f"{self.file} is there already and lacks {counted(len(lacking))} of {len(images):,}, the first is "
+                f"{lacking[0]}: give --overwrite to caption all of them anew, or write these to another file."
+            )
+
+
+def _state(image: Path) -> list[int] | None:
+    """Return what changes when another image takes a file's place."""
+    try:
+        status = image.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+# A text file beside each image
+
+
+class Sidecars(NamedTuple):
+    """Text files beside the images, as those who prepare training sets use them: ``photo.txt`` for ``photo.png``.
+
+    Attributes
+    ----------
+    extension : str
+        With its dot.
+    before, after : str
+        What stands around each caption, as it is.
+    """
+
+    extension: str = ".txt"
+    before: str = ""
+    after: str = ""
+
+    def path(self, image: Path) -> Path:
+        """Return the file that belongs to an image."""
+        return image.with_suffix(self.extension)
+
+    def write(self, outcome: Outcome) -> None:
+        """Write an image's captions, each in a line, whole or not at all.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be written.
+        """
+        write(self.path(outcome.image), "".join(f"{self.before}{text}{self.after}\n" for text, _ in outcome.captions))
