@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +45,7 @@ a path in each line, or - for such a list on standard input. Three examples:
       writes photo.txt beside photo.png; images that have theirs are skipped
 
   --checkpoint FILE ...  what `captioner fit` wrote; several write each caption together
-  --output FILE          by its name: .jsonl, .csv, .json (COCO results), metadata.jsonl (Hugging Face)
+  --output FILE          ending in .jsonl, .csv, .json (COCO), or metadata.jsonl (Hugging Face)
   --sidecar [.EXT]       a text file beside each image (.txt), for training sets
   --overlay DIR          draw each image with the attention of each word
   --overwrite            replace files of earlier runs
@@ -132,8 +132,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=".EXT",
         help="a text file beside each image, photo.txt for photo.png; several captions are several lines",
     )
-    output.add_argument("--prefix", metavar="TEXT", help="before each caption in a sidecar, as it is, spaces too")
-    output.add_argument("--suffix", metavar="TEXT", help="after it")
+    output.add_argument(
+        "--prefix", dest="before", metavar="TEXT", help="before each caption in a sidecar, as it is, spaces too"
+    )
+    output.add_argument("--suffix", dest="after", metavar="TEXT", help="after it")
     decoding = parser.add_argument_group("decoding")
     for flag in DECODING:
         kind: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}
@@ -171,7 +173,7 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
         options.sidecar = ".txt"
     if not options.paths:
         raise InputError("There is no PATH: name images or folders first, as in 'captioner caption holiday/ ...'.")
-    if options.sidecar is None and (options.prefix is not None or options.suffix is not None):
+    if options.sidecar is None and (options.before is not None or options.after is not None):
         raise InputError(
             "--prefix and --suffix stand around the captions of sidecar files: give --sidecar, too, or tell the model "
             "how to begin by --begin-with."
@@ -247,8 +249,9 @@ class _Work:
         self.sidecars: Sidecars | None = None
         self.pictures: dict[Path, Path] = {}
         self.done = self.failed = 0
+        self.lacking = 0  # images of a complete file
         if options.sidecar is not None:
-            self.sidecars = Sidecars(options.sidecar, options.prefix or "", options.suffix or "")
+            self.sidecars = Sidecars(options.sidecar, options.before or "", options.after or "")
             self._check_sidecars(self.sidecars)
         if options.overlay is not None:
             make_folder(options.overlay)
@@ -300,7 +303,12 @@ class _Work:
             held.enter_context(self.output.held())
             found = self.output.begin(self.paths, self.options.overwrite)
             if found is None:
-                say(f"{self.output.file} holds all {counted(len(self.paths))} already; --overwrite captions them anew.")
+                self.lacking = self.output.failed
+                but = f", but {self.lacking:,} that could not be read" if self.lacking else ""
+                say(
+                    f"{self.output.file} is complete with {counted(len(self.paths))}{but}; --overwrite captions them "
+                    "anew."
+                )
                 self.output = None
         if self.output is not None:
             todo = found or []
@@ -347,9 +355,9 @@ class _Work:
                     annotations = model.annotate_pixels(
                         [torch.stack(pixels) for pixels in zip(*(pixels for _, pixels in readable), strict=True)]
                     )
-                    # Not the same draws for each batch; the same after an interruption.
-                    seed = self.decoding.seed + places[readable[0][0]] if self.decoding.sample else self.decoding.seed
-                    found = model.caption_annotations(annotations, replace(self.decoding, seed=seed))
+                    # An image's place among all decides what is drawn for it, whichever batch it comes in.
+                    numbers = [places[path] for path, _ in readable]
+                    found = model.caption_annotations(annotations, self.decoding, numbers=numbers)
                     for (path, _), captions in zip(readable, found, strict=True):
                         outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
                 for outcome in outcomes.values():
@@ -383,11 +391,12 @@ class _Work:
     def end(self) -> int:
         """Complete the file, say what failed, and return the exit code."""
         if self.output is not None:
-            self.failed = self.output.finish(self.paths)
+            self.output.finish(self.paths)
+            self.failed = self.output.failed
         if self.failed:
             where = "" if self.output is None else f"; {self.output.failures} lists them"
             say(f"{self.failed:,} of {len(self.paths):,} images could not be read{where}.")
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.lacking else 0
 
     def interrupted(self) -> str:
         """Return what the user is told."""

@@ -262,6 +262,11 @@ class CaptionFile:
         Names the file and its format.
     settings : mapping
         All that decides the captions, as plain JSON: a run goes on with these alone.
+
+    Attributes
+    ----------
+    failed : int
+        Of how many images a complete file says nothing, since they could not be read; `failures` lists them.
     """
 
     def __init__(self, form: Format, settings: Mapping[str, object]) -> None:
@@ -270,6 +275,7 @@ class CaptionFile:
         self.journal = self.file.with_name(self.file.name + ".partial")
         self.failures = self.file.with_name(self.file.name + ".failures.txt")
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.failed = 0  # images that could not be read, of a file that is complete
         self._places: dict[str, int] = {}  # in the journal, of each image's last line
         self._end = 0  # of its last whole batch
 
@@ -301,7 +307,7 @@ class CaptionFile:
             lock.release()
 
     def begin(self, images: Sequence[Path], overwrite: bool = False) -> list[Path] | None:
-        """Return the images that are still to be captioned, or None where the file is complete.
+        """Return the images that are still to be captioned, or None where a complete file stays as it is.
 
         An image is done when it has captions in the journal and was not changed since. New images come first, and then
         those that failed in an earlier run, which may have been mended.
@@ -318,21 +324,20 @@ class CaptionFile:
         InputError
             Where these are there and do not give way.
         """
-        self._places, self._end = {}, 0
         found = self._read_journal()
-        if found is not None and found != self._settings and not overwrite:
-            raise InputError(
-                f"{self.journal} is what a run with other settings ({self._differences(found)}) has done: give those "
-                f"to go on, or --overwrite to begin anew."
-            )
-        if found != self._settings:
-            if found is None and self.file.exists() and not overwrite:
-                self._check_complete(images)
-                return None
+        if not self._places and self.file.exists() and not overwrite:
+            self._check_complete(images)
+            self.journal.unlink(missing_ok=True)
+            return None
+        if self._places and found != self._settings:
+            if not overwrite:
+                raise InputError(
+                    f"{self.journal} is what a run with other settings ({self._differences(found or {})}) has done: "
+                    "give those to go on, or --overwrite to begin anew."
+                )
             self._places = {}
-            header = json.dumps({"captioner journal": JOURNAL, "settings": self._settings}) + "\n"
-            write_parts(self.journal, [header], to_disk=True)
-            self._end = len(header)
+        if not self._places:
+            return list(images)
         there = {outcome.image: bool(outcome.fault) for outcome in self._outcomes(images, unchanged=True)}
         return [image for image in images if image not in there] + [image for image, failed in there.items() if failed]
 
@@ -344,6 +349,11 @@ class CaptionFile:
         InputError
             If it cannot be written. What was written down before stays.
         """
+        if not self._places:
+            # Not before: a run that comes to nothing, since a word is not known, say, leaves nothing behind.
+            header = json.dumps({"captioner journal": JOURNAL, "settings": self._settings}) + "\n"
+            write_parts(self.journal, [header], to_disk=True)
+            self._end = len(header)
         lines = []
         for left, (image, captions, fault) in zip(reversed(range(len(outcomes))), outcomes, strict=True):
             record = {"image": str(image), "state": _state(image), "captions": captions, "fault": fault, "left": left}
@@ -365,18 +375,13 @@ class CaptionFile:
             self._places[str(image)] = self._end
             self._end += len(line)
 
-    def finish(self, images: Sequence[Path]) -> int:
-        """Write the file, and a list of the images that have failed beside it, and delete the journal.
+    def finish(self, images: Sequence[Path]) -> None:
+        """Write the file, beside it a list of the images that have failed, if any have, and delete the journal.
 
         Parameters
         ----------
         images
             As for `begin`. All are done.
-
-        Returns
-        -------
-        int
-            How many have failed.
 
         Raises
         ------
@@ -391,10 +396,11 @@ class CaptionFile:
         parts = self.form.parts(outcome for outcome in self._outcomes(images) if outcome.captions)
         write_parts(self.file, parts, to_disk=True)
         self.journal.unlink()
-        return len(faults)
+        self.failed = len(faults)
 
     def _read_journal(self) -> dict[str, Any] | None:
         """Find the places of the images in the journal, and return its settings; None where there is no journal."""
+        self._places = {}
         try:
             with open(self.journal, "rb") as file:
                 header = file.readline()
@@ -455,7 +461,12 @@ class CaptionFile:
                 "--overwrite to replace it."
             ) from None
         lacking = [image for image in images if self.form.name(image) not in names]
-        if lacking:
+        try:
+            failed = {line.partition("\t")[0] for line in read_text(self.failures).split("\n")}
+        except InputError:  # there is no such list
+            failed = set()
+        self.failed = len(lacking)
+        if lacking := [image for image in lacking if in_one_line(image) not in failed]:
             raise InputError(
                 f"{self.file} is there already and lacks {counted(len(lacking))} of {len(images):,}, the first is "
                 f"{lacking[0]}: give --overwrite to caption all of them anew, or write these to another file."

@@ -67,7 +67,9 @@ class StandIn:
         return self.model.annotate(pixels[0].to(self.model.device))
 
     @torch.no_grad()
-    def caption_annotations(self, annotations: Any, decoding: Decoding) -> list[list[Caption]]:
+    def caption_annotations(
+        self, annotations: Any, decoding: Decoding, *, numbers: Sequence[int] | None = None
+    ) -> list[list[Caption]]:
         found = self.model.search(
             annotations,
             beam_size=decoding.beam_size,

@@ -1,0 +1,379 @@
+"""`captioner caption`: its help, its options, the files that it leaves, and that it goes on where it was stopped."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from captioner.caption_command import DECODING, HELP, add_options, picture_names, understand
+from captioner.cli import _parser, main
+from captioner.images import find_images
+from captioner.model import Captioner
+from captioner.results import read_results
+from captioner.stand_ins import Decoding
+
+
+@pytest.fixture(scope="module")
+def images(scenes):
+    return find_images([scenes / "val"])
+
+
+@pytest.fixture(scope="module")
+def captions(best, images):
+    return [caption.text for caption in Captioner.from_checkpoint(best).caption(images)]
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    """Copies of the 9 images, called as COCO calls its own."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(images, 1):
+        (folder / f"COCO_val2014_{number:012d}.png").write_bytes(image.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def caption(best, capsys):
+    """Run the command; return its exit code, what it printed, and what it said."""
+
+    def run(*args):
+        code = main(["caption", "--workers", "0", "--checkpoint", str(best), *map(str, args)])
+        captured = capsys.readouterr()
+        assert all(line.startswith("captioner: ") for line in captured.err.splitlines())
+        return code, captured.out, captured.err
+
+    return run
+
+
+def parse(*args):
+    parser = _parser("caption", "", add_help=False)
+    add_options(parser)
+    return understand(parser, list(args))
+
+
+# Help
+
+
+def test_the_help_fits_one_screen(capsys):
+    assert main(["caption", "--help"]) == 0 == main(["caption", "photo.jpg", "-h"])
+    assert capsys.readouterr().out == 2 * HELP
+    lines = HELP.splitlines()
+    assert len(lines) <= 36 and max(map(len, lines)) <= 100
+
+
+def test_the_examples_of_the_help_are_understood_and_its_options_exist(capsys):
+    examples = [line for line in HELP.splitlines() if line.startswith("  captioner caption")]
+    assert len(examples) == 3
+    for example in examples:
+        assert parse(*shlex.split(example)[2:]).checkpoint[0].name == "best.ckpt"
+    assert main(["caption", "--help", "all"]) == 0
+    known = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", known, re.MULTILINE) for name in re.findall("^  (--[a-z-]+)", HELP, re.M))
+
+
+def test_every_setting_of_decoding_has_a_flag_that_tells_its_default():
+    assert [flag.field for flag in DECODING] == [field.name for field in fields(Decoding)]
+    for flag in DECODING:
+        default = re.search(r"\(default ([\d.]+)", flag.help)
+        value = getattr(Decoding(), flag.field)
+        assert (default and flag.type(default[1])) == (value or (0 if flag.type is int else None)), flag
+
+
+def test_every_flag_of_decoding_reaches_it(monkeypatch, images, best):
+    given = {flag.field: ["9"] if flag.type is not bool else [] for flag in DECODING} | {"banned": ["a", "b"]}
+    words = [word for flag in DECODING for word in (flag.name, *given[flag.field])]
+    seen = {}
+
+    def stop(*_, **settings):
+        seen.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("captioner.stand_ins.Decoding", stop)
+    main(["caption", str(images[0]), "--checkpoint", str(best), *words])
+    wanted = {flag.field: flag.type("9") for flag in DECODING} | {"banned": ("a", "b"), "sample": True}
+    assert seen == wanted and {type(value) for value in seen.values()} == {int, float, str, bool, tuple}
+
+
+@pytest.mark.parametrize(
+    ("words", "paths", "checkpoints"),
+    [
+        ("--checkpoint x.ckpt a.jpg holiday --sidecar", ["a.jpg", "holiday"], ["x.ckpt"]),
+        ("--checkpoint x.ckpt y.ckpt --checkpoint z.ckpt - --sidecar .caption", ["-"], ["x.ckpt", "y.ckpt", "z.ckpt"]),
+        ("a.jpg --checkpoint x.ckpt --beam-size 3 b.jpg --sidecar c.jpg", ["a.jpg", "b.jpg", "c.jpg"], ["x.ckpt"]),
+        ("--checkpoint x --sidecar -- a.jpg", ["a.jpg"], ["x"]),
+    ],
+)
+def test_paths_may_stand_anywhere(words, paths, checkpoints):
+    options = parse(*words.split())
+    assert options.paths == paths and [str(path) for path in options.checkpoint] == checkpoints
+    assert options.sidecar == (".caption" if ".caption" in words else ".txt")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    assert parse("--checkpoint", "x", str(tmp_path)).paths == [str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prefix", "sks"], "give --sidecar, too"),
+        (["--format", "csv"], "give --output FILE, too"),
+        (["--output", "captions.txt"], "is not known from its name"),
+        (["--output", "out", "--format", "xml"], "--format"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--workers", "-1"], "--workers is -1"),
+        (["--sidecar", ".png"], "would take the place of the image"),
+        (["--output", "{folder}/sub.json", "--captions", "2"], "one caption of each image, and not 2"),
+        (["--output", "{folder}/../elsewhere/metadata.jsonl"], "outside its own folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_costs_nothing(args, said, folder, caption, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "sub.png").write_bytes(next(folder.iterdir()).read_bytes())
+    (folder / "sub.jpg").write_bytes((folder / "sub.png").read_bytes())
+    monkeypatch.setattr(Captioner, "from_checkpoint", None)  # so much is seen before the model is opened
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, line = caption(folder, *[arg.format(folder=folder) for arg in args])
+    assert code == 2 and printed == "" and said in line and line.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Files
+
+
+def test_coco_results_are_those_of_pycocotools_and_of_the_scores(folder, caption, captions, tmp_path):
+    out = tmp_path / "out.json"
+    assert caption(folder, "--output", out) == (0, "", "")
+    references = {
+        "images": [{"id": number, "file_name": f"COCO_val2014_{number:012d}.png"} for number in range(1, 10)],
+        "annotations": [{"id": number, "image_id": number, "caption": "a square"} for number in range(1, 10)],
+    }
+    (tmp_path / "references.json").write_text(json.dumps(references))
+    with contextlib.redirect_stdout(io.StringIO()):
+        loaded = COCO(str(tmp_path / "references.json")).loadRes(str(out))
+    assert [loaded.imgToAnns[number][0]["caption"] for number in range(1, 10)] == captions
+    assert main(["score", str(tmp_path / "references.json"), str(out)]) == 0
+
+
+def test_csv_and_json_lines_hold_the_same(folder, caption, captions, tmp_path):
+    for name in ("out.csv", "out.jsonl"):
+        assert caption(folder, "--output", tmp_path / name, "--captions", 2)[0] == 0
+        results = read_results(tmp_path / name)
+        assert [(result.image, result.caption) for result in results] == [
+            (str(image), text) for image, text in zip(sorted(folder.iterdir()), captions, strict=True)
+        ]
+    rows = list(csv.DictReader((tmp_path / "out.csv").open(newline="")))
+    for row, line in zip(rows, (tmp_path / "out.jsonl").read_text().splitlines(), strict=True):
+        first, second = json.loads(line)["captions"]
+        assert (first["caption"], second["caption"]) == (row["caption"], row["caption_2"]) and first != second
+
+
+def test_several_captions_are_several_lines(images, caption, captions):
+    _, printed, _ = caption(images[0], "--captions", 2)
+    first, second = printed.splitlines()
+    assert first == f"{images[0]}\t{captions[0]}" and second.startswith(f"{images[0]}\t") and first != second
+
+
+def test_a_name_does_not_break_a_line(images, caption, captions, tmp_path):
+    odd = tmp_path / "a\tb\n\x1b[31m.png"
+    odd.write_bytes(images[0].read_bytes())
+    (tmp_path / "b\n.png").write_text("no image")
+    code, printed, said = caption(tmp_path)
+    assert code == 1 and printed == f"{tmp_path}/a\\tb\\n\\x1b[31m.png\t{captions[0]}\n"
+    assert [line.partition("b\\n.png")[1] for line in said.splitlines()] == ["b\\n.png", ""]
+
+
+def test_metadata_and_failures(folder, caption, captions):
+    (folder / "bad.png").write_text("no image")
+    out = folder / "metadata.jsonl"
+    code, _, said = caption(folder, "--output", out)
+    assert code == 1 and said.splitlines()[-1] == (
+        f"captioner: 1 of 10 images could not be read; {out}.failures.txt lists them."
+    )
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["text"] for record in records] == captions
+    assert all((folder / record["file_name"]).is_file() for record in records)
+    assert (folder / "metadata.jsonl.failures.txt").read_text().startswith(f"{folder / 'bad.png'}\t")
+    before = out.read_bytes()
+    code, _, said = caption(folder, "--output", out)
+    assert code == 1 and "is complete with 10 images, but 1 that could not be read; --overwrite" in said
+    assert out.read_bytes() == before
+
+
+def test_sidecars_are_written_once(folder, caption, captions, monkeypatch):
+    first, second, *_, last = sorted(folder.iterdir())
+    first.with_suffix(".txt").write_text("mine")
+    assert caption(folder, "--sidecar") == (
+        0,
+        "",
+        "captioner: 1 of 9 images are done already; --overwrite captions them anew.\n",
+    )
+    texts = sorted(folder.glob("*.txt"))
+    assert [text.read_text() for text in texts] == ["mine", *(f"{text}\n" for text in captions[1:])]
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioner, "from_checkpoint", None)  # with nothing to do there is nothing to open
+        assert caption(folder, "--sidecar")[0] == 0
+    assert caption(folder, "--sidecar", "--overwrite", "--prefix", "sks, ", "--suffix", "!")[0] == 0
+    assert [text.read_text() for text in texts] == [f"sks, {text}!\n" for text in captions]
+    assert caption(folder, "--sidecar", ".caption")[0] == 0
+    assert last.with_suffix(".caption").read_text() == f"{captions[-1]}\n"
+    assert len(list(folder.iterdir())) == 27
+
+
+def test_images_that_would_share_a_text_file(folder, caption, captions):
+    first, second = sorted(folder.iterdir())[:2]
+    Image.open(second).save(first.with_suffix(".bmp"))
+    code, _, said = caption(first, first.with_suffix(".bmp"), "--sidecar")
+    assert code == 0 and f"as {first.with_suffix('.bmp')} with {first}: the first of them has it" in said
+    assert first.with_suffix(".txt").read_text() == f"{captions[0]}\n"
+
+
+def test_a_complete_file_gets_its_sidecars(folder, caption, captions, tmp_path):
+    assert caption(folder, "--output", tmp_path / "out.jsonl")[0] == 0
+    code, _, said = caption(folder, "--output", tmp_path / "out.jsonl", "--sidecar")
+    assert code == 0 and "out.jsonl is complete with 9 images" in said and len(list(folder.glob("*.txt"))) == 9
+
+
+def test_overlays_of_one_name_get_numbers(tmp_path):
+    paths = [tmp_path / name for name in ("a/x.png", "b/x.jpg", "c/x-2.png", "d/x.gif", "e/x-2.gif")]
+    assert list(picture_names(paths).values()) == ["x.png", "x-3.png", "x-2.png", "x-4.png", "x-2-2.png"]
+
+
+def test_a_full_disk_is_one_line(folder, caption, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for flags in (["--sidecar"], ["--output", tmp_path / "out.csv"], ["--overlay", tmp_path / "overlays"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            code, _, said = caption(folder, *flags)
+        assert code == 2 and "No space left on device" in said and said.count("\n") == 1
+
+
+# Going on
+
+
+def interrupt_after(monkeypatch, batches):
+    """Press Ctrl-C while the model is at work on the next batch."""
+    annotate, left = Captioner.annotate, [batches]
+
+    def interrupted(self, images):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return annotate(self, images)
+
+    monkeypatch.setattr(Captioner, "annotate", interrupted)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json"])
+def test_interrupted_it_goes_on_to_the_same_file(name, batches, folder, caption, tmp_path, monkeypatch):
+    (folder / "bad.png").write_text("no image")
+    whole, out = tmp_path / f"whole-{name}", tmp_path / name
+    assert caption(folder, "--output", whole, "--batch-size", 2)[0] == 1
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, batches)
+        code, _, said = caption(folder, "--output", out, "--batch-size", 2)
+    assert code == 130 and not out.exists()
+    assert said == f"captioner: interrupted after {2 * batches} of 10 images: the same command goes on from there.\n"
+    code, _, said = caption(folder, "--output", out, "--batch-size", 2)
+    assert code == 1 and out.read_bytes() == whole.read_bytes()
+    assert (f"{2 * batches} of 10 images are done already." in said) == (batches > 0)
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".lock", ".tmp")]
+
+
+def test_interrupted_sidecars_go_on(folder, caption, captions, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        code, _, said = caption(folder, "--sidecar", "--batch-size", 2)
+    assert code == 130 and "interrupted after 4 of 9 images" in said
+    assert "4 of 9 images are done already" in caption(folder, "--sidecar", "--batch-size", 2)[2]
+    assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == [f"{text}\n" for text in captions]
+
+
+def test_a_run_with_another_beam_does_not_mix_with_it(folder, caption, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        caption(folder, "--output", out, "--batch-size", 2)
+    code, _, said = caption(folder, "--output", out, "--beam-size", 3)
+    assert code == 2 and "(beam_size 5 and not 3)" in said and said.count("\n") == 1
+
+
+RUN = "import sys; from captioner.cli import main; sys.exit(main())"
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_every_image_is_there_once(images, best, tmp_path):
+    folder, kills = tmp_path / "photos", 20
+    folder.mkdir()
+    for number in range(900):
+        Image.open(images[number % 9]).rotate(number).save(folder / f"{number}.png")
+    (folder / "450.png").write_text("no image")
+
+    def start(name):
+        command = ["caption", str(folder), "--output", str(tmp_path / name), "--checkpoint", str(best)]
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, *command, "--batch-size", "4"], stderr=subprocess.PIPE, text=True
+        )
+
+    began = time.monotonic()
+    assert start("whole.jsonl").wait() == 1
+    seconds = time.monotonic() - began
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert [result.image for result in read_results(tmp_path / "whole.jsonl")] == [
+        str(path) for path in find_images([folder]) if path.name != "450.png"
+    ]
+    out, draw, killed, progress = tmp_path / "out.jsonl", random.Random(0), 0, set()
+    while killed < kills or not out.exists():
+        process = start(out.name)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, seconds) if killed < kills else None)
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[1]
+        killed += process.returncode == -signal.SIGKILL
+        assert process.returncode in (1, -signal.SIGKILL), said
+        journal = out.with_name("out.jsonl.partial")
+        progress.add(journal.stat().st_size if journal.exists() else 0)
+        if out.exists():
+            assert out.read_bytes() == whole
+            if killed < kills:
+                out.unlink()
+    assert out.read_bytes() == whole and len(progress) > 5  # it was killed at work, too
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "photos", "whole.jsonl", "whole.jsonl.failures.txt", "out.jsonl", "out.jsonl.failures.txt"
+    }  # fmt: skip
+
+
+# On a terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_captions_stay_out_of_it(images, best, captions, monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["caption", *map(str, images[:3]), "--checkpoint", str(best), "--batch-size", "1"]) == 0
+    assert "Captioning" in terminal.getvalue() and "3/3" in terminal.getvalue() and "images/s" in terminal.getvalue()
+    assert captions[0] not in terminal.getvalue()  # standard output is a file here
+    assert capsys.readouterr().out.count("\n") == 3
