@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import mimetypes
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
@@ -226,6 +227,76 @@ class COCOCaptions(CaptionFiles):
         if doubled:
             raise InputError(f"{path} lists the image {doubled[0]!r} more than once: keep one entry.")
         return records
+
+
+class ImageFolder(CaptionFiles):
+    """Images with their captions beside them, as ``captioner caption`` writes them.
+
+    Parameters
+    ----------
+    root
+        The folder with a folder for each split.
+    captions
+        The file in a split's folder that names images in it and their captions, as Hugging Face's ``metadata.jsonl``
+        does: "file_name" and "text", which is a caption or a list of them. Or the extension of text files beside the
+        images, such as ``.txt``, with a caption in each line.
+    splits
+        The splits there are.
+
+    Notes
+    -----
+    An image's id is its path, seen from the folder of its split.
+    """
+
+    def __init__(
+        self, root: Path, captions: str = "metadata.jsonl", splits: tuple[str, ...] = ("train", "val")
+    ) -> None:
+        self.root = Path(root)
+        self.captions = captions
+        self.splits = tuple(splits)
+
+    def __str__(self) -> str:
+        return str(self.root / "{split}" / ("*" * self.captions.startswith(".") + self.captions))
+
+    def records(self, split: str | None = None) -> list[CaptionedImage]:
+        """Return the images of a split, or those of the root itself, see `CaptionFiles.records`."""
+        if split is not None:
+            _check_split("This dataset", split, self.splits)
+        folder = self.root / (split or "")
+        _check_folder(folder)
+        read = self._sidecars if self.captions.startswith(".") else self._metadata
+        return [CaptionedImage(name, folder / name, captions) for name, captions in read(folder).items()]
+
+    def _metadata(self, folder: Path) -> dict[str, tuple[str, ...]]:
+        path = folder / self.captions
+        found: dict[str, tuple[str, ...]] = {}
+        for number, line in enumerate(_read_lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                name, text = record["file_name"], record["text"]
+            except (ValueError, RecursionError, KeyError, TypeError):
+                name = text = None
+            captions = [text] if isinstance(text, str) else text
+            is_list = isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)
+            if not isinstance(name, str) or not is_list:
+                raise InputError(f"{path}, line {number} is not JSON with 'file_name' and 'text': mend the line.")
+            if name in found:
+                raise InputError(f"{path}, line {number} names the image {name} again: give its captions as one list.")
+            found[name] = tuple(captions)
+        return found
+
+    def _sidecars(self, folder: Path) -> dict[str, tuple[str, ...]]:
+        # Not strict: in Python 3.11 WebP is no registered type yet.
+        kinds = {file: mimetypes.guess_type(file, strict=False)[0] for file in folder.rglob("*")}
+        files = sorted(file for file, kind in kinds.items() if kind is not None and kind.startswith("image/"))
+        texts = {file: file.with_suffix(self.captions) for file in files}
+        return {
+            file.relative_to(folder).as_posix(): tuple(line for line in _read_lines(text) if line.strip())
+            for file, text in texts.items()
+            if text.is_file()
+        }
 
 
 def open_captions(path: Path) -> CaptionFiles:

@@ -133,7 +133,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a text file beside each image, photo.txt for photo.png; several captions are several lines",
     )
     output.add_argument(
-        "--prefix", dest="before", metavar="TEXT", help="before each caption in a sidecar, as it is, spaces too"
+        "--prefix", dest="before", metavar="TEXT", help="before each caption in it, as it is, spaces too"
     )
     output.add_argument("--suffix", dest="after", metavar="TEXT", help="after it")
     decoding = parser.add_argument_group("decoding")

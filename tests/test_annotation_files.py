@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from captioner.annotation_files import COCOCaptions, Flickr8k
+from captioner.annotation_files import COCOCaptions, Flickr8k, ImageFolder
 from captioner.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "flickr8k"
@@ -180,3 +180,63 @@ def test_coco_damaged_file(coco, dataset, message):
     with pytest.raises(InputError, match=message) as raised:
         COCOCaptions(coco).read("val")
     assert "captions_val2017.json" in str(raised.value)
+
+
+# Captions beside the images
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Three images, one of them in a folder of its own."""
+    folder = tmp_path / "train"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "b.WEBP", "sub/c.png"):
+        (folder / name).touch()
+    return folder
+
+
+def test_image_folder_of_metadata(image_folder):
+    lines = [{"file_name": "sub/c.png", "text": ["A\u2028cat", "Kätzchen"]}, {"file_name": "a.jpg", "text": "A dog"}]
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (image_folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    records = ImageFolder(image_folder.parent).read("train")
+    assert [record.image_id for record in records] == ["sub/c.png", "a.jpg"]
+    assert [record.captions for record in records] == [("A\u2028cat", "Kätzchen"), ("A dog",)]
+    assert records[0].path == image_folder / "sub" / "c.png" and ImageFolder(image_folder).records() == records
+
+
+def test_image_folder_of_text_files(image_folder):
+    (image_folder / "b.txt").write_text("a dog\n")
+    (image_folder / "sub" / "c.txt").write_bytes("a cat\r\n\nKätzchen".encode())
+    (image_folder / "notes.txt").write_text("no image's")
+    records = ImageFolder(image_folder.parent, captions=".txt").read("train")
+    assert [record.image_id for record in records] == ["b.WEBP", "sub/c.png"]
+    assert [record.captions for record in records] == [("a dog",), ("a cat", "Kätzchen")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"file_name": "a.jpg"}', "line 1 is not JSON with 'file_name' and 'text'"),
+        ('\n{"file_name": "a.jpg", "text": 5}', "line 2 is not JSON"),
+        ('{"file_name": 5, "text": "a"}', "line 1 is not JSON"),
+        ('{"file_name": "a.jpg", "text": ["a", null]}', "line 1 is not JSON"),
+        ("[1]", "line 1 is not JSON"),
+        ("{", "line 1 is not JSON"),
+        (2 * '{"file_name": "a.jpg", "text": "a"}\n', "line 2 names the image a.jpg again"),
+        ('{"file_name": "d.jpg", "text": "a"}', "1 of 1 images are missing"),
+        ("", "has no image with a caption"),
+    ],
+)
+def test_image_folder_of_damaged_metadata(image_folder, text, message):
+    (image_folder / "metadata.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        ImageFolder(image_folder.parent).read("train")
+    assert "train" in str(raised.value)
+
+
+def test_image_folder_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="train does not exist"):
+        ImageFolder(tmp_path).read("train")
+    with pytest.raises(InputError, match="has no split 'dev'"):
+        ImageFolder(tmp_path).read("dev")

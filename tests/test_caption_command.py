@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from captioner.annotation_files import ImageFolder
 from captioner.caption_command import DECODING, HELP, add_options, picture_names, understand
 from captioner.cli import _parser, main
 from captioner.images import find_images
@@ -212,6 +213,19 @@ def test_metadata_and_failures(folder, caption, captions):
     code, _, said = caption(folder, "--output", out)
     assert code == 1 and "is complete with 10 images, but 1 that could not be read; --overwrite" in said
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_training_reads_back_what_is_written_beside_the_images(number, folder, caption, captions):
+    for flags, reader in (
+        (["--output", folder / "metadata.jsonl"], ImageFolder(folder.parent, splits=("photos",))),
+        (["--sidecar"], ImageFolder(folder.parent, captions=".txt", splits=("photos",))),
+    ):
+        assert caption(folder, *flags, "--captions", number) == (0, "", "")
+        records = reader.read("photos")
+        assert [record.path for record in records] == sorted(folder.glob("*.png"))
+        assert [record.captions[0] for record in records] == captions
+        assert {len(record.captions) for record in records} == {number}
 
 
 def test_sidecars_are_written_once(folder, caption, captions, monkeypatch):
