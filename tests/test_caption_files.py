@@ -221,6 +221,17 @@ def test_a_journal_cut_off_at_any_byte_is_gone_on_from(tmp_path, images, outcome
         output.file.unlink()
 
 
+def test_a_batch_that_was_cut_off_leaves_nothing_behind_a_shorter_one(tmp_path, images, outcomes):
+    output = captioned(tmp_path)
+    output.begin(images)
+    output.add(outcomes[:1])
+    output.add(outcomes[1:])
+    output.journal.write_bytes(output.journal.read_bytes()[:-1])
+    assert output.begin(images) == images[1:]
+    output.add(outcomes[1:2])
+    assert output.journal.read_bytes().count(b"\n") == 3 and output.journal.read_bytes().endswith(b"\n")
+
+
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
