@@ -120,6 +120,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read images (default here %(default)s); 0 reads in this one",
     )
+    model.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        metavar="NAME",
+        help="of the encoder: float32 or bfloat16 (default: the faster one here); what differs is rounding",
+    )
+    model.add_argument(
+        "--compile", action="store_true", help="compile the encoder: takes half a minute, pays for thousands of images"
+    )
     output = parser.add_argument_group("where captions go (by default they are printed: path, tab, caption)")
     output.add_argument("--output", type=Path, metavar="FILE", help=".jsonl, .csv, .json or metadata.jsonl")
     output.add_argument("--format", choices=list(FORMATS), help="of the output, where its name does not tell")
@@ -209,8 +218,8 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
     InputError
         Where an option, a checkpoint or a file cannot be used.
     """
+    from captioner.decoding import Decoding
     from captioner.images import find_images
-    from captioner.stand_ins import Decoding
 
     given: dict[str, Any] = {
         flag.field: tuple(value) if flag.several else value
@@ -267,6 +276,7 @@ class _Work:
         return {
             "checkpoints": [_fingerprint(path) for path in options.checkpoint],
             "encoder": options.encoder,
+            "precision": options.precision,
             **asdict(self.decoding),
             "sidecar": self.sidecars,
             "overlay": None if options.overlay is None else str(options.overlay),
@@ -336,9 +346,10 @@ class _Work:
         """Caption images, and hand the captions on batch by batch."""
         import torch
 
-        from captioner.stand_ins import StandIn, read_images
+        from captioner.annotator import Annotator
+        from captioner.image_stream import read_images
 
-        model = StandIn(model)
+        annotator = Annotator(model, self.options.precision, compiled=self.options.compile)
         places = {path: place for place, path in enumerate(self.paths)}
         with _progress(self.printed) as progress:
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
@@ -352,7 +363,7 @@ class _Work:
                     else:
                         readable.append((path, pixels))
                 if readable:
-                    annotations = model.annotate_pixels(
+                    annotations = annotator(
                         [torch.stack(pixels) for pixels in zip(*(pixels for _, pixels in readable), strict=True)]
                     )
                     # An image's place among all decides what is drawn for it, whichever batch it comes in.

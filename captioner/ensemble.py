@@ -106,7 +106,9 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
     def annotate_pixels(self, pixels: Sequence[Tensor]) -> list[Annotations]:  # noqa: D102
         made, device = self.preprocessings, self.captioners[0].device
         with evaluating(*self.captioners):
-            return self.annotate(lambda preprocessing: pixels[made.index(preprocessing)].to(device))
+            seen = self.annotate(lambda preprocessing: pixels[made.index(preprocessing)].to(device))
+        dtype = self.captioners[0].embedding.weight.dtype
+        return [each._replace(values=each.values.to(dtype)) for each in seen]
 
     @torch.no_grad()
     def caption_annotations(  # noqa: D102

@@ -225,7 +225,15 @@ Seen = TypeVar("Seen")  # what is made of images before captions are searched
 
 
 class ImageCaptioner(ABC, Generic[Seen]):
-    """What captions images, of whatever parts it is made."""
+    """What captions images, of whatever parts it is made.
+
+    Attributes
+    ----------
+    captioners : list of Captioner
+        The models that it is made of, on one device.
+    """
+
+    captioners: list[Captioner]
 
     @property
     @abstractmethod
@@ -234,7 +242,10 @@ class ImageCaptioner(ABC, Generic[Seen]):
 
     @abstractmethod
     def annotate_pixels(self, pixels: Sequence[Tensor]) -> Seen:
-        """Look at B images: (B, 3, S, S) uint8, on any device, as each of `preprocessings` makes them."""
+        """Look at B images: (B, 3, S, S) uint8, on any device, as each of `preprocessings` makes them.
+
+        Under autocast encoders compute in its precision. What is given is in the model's own.
+        """
 
     @abstractmethod
     def caption_annotations(
@@ -549,11 +560,17 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         """The one preprocessing, as a list."""
         return [self.preprocessing]
 
+    @property
+    def captioners(self) -> list[Captioner]:  # type: ignore[override]
+        """The model alone."""
+        return [self]
+
     @torch.no_grad()
     def annotate_pixels(self, pixels: Sequence[Tensor]) -> Annotations:  # noqa: D102
         (images,) = pixels
         with evaluating(self):
-            return self.annotate(images.to(self.device))
+            annotations = self.annotate(images.to(self.device))
+        return annotations._replace(values=annotations.values.to(self.embedding.weight.dtype))
 
     @torch.no_grad()
     def caption_annotations(  # noqa: D102

@@ -24,7 +24,7 @@ from captioner.cli import _parser, main
 from captioner.images import find_images
 from captioner.model import Captioner
 from captioner.results import read_results
-from captioner.stand_ins import Decoding
+from captioner.decoding import Decoding
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_every_flag_of_decoding_reaches_it(monkeypatch, images, best):
         seen.update(settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("captioner.stand_ins.Decoding", stop)
+    monkeypatch.setattr("captioner.decoding.Decoding", stop)
     main(["caption", str(images[0]), "--checkpoint", str(best), *words])
     wanted = {flag.field: flag.type("9") for flag in DECODING} | {"banned": ("a", "b"), "sample": True}
     assert seen == wanted and {type(value) for value in seen.values()} == {int, float, str, bool, tuple}
