@@ -36,7 +36,7 @@ class Annotator(Generic[Seen]):
         self._stance = "default"
         if compiled:
             for captioner in model.captioners:
-                captioner.encoder.compile(options={"freezing": True})
+                captioner.encoder.compile(dynamic=False, options={"freezing": True})
 
     def __call__(self, pixels: Sequence[Tensor]) -> Seen:
         """Look at images, see :meth:`ImageCaptioner.annotate_pixels`."""
