@@ -277,8 +277,8 @@ def beam_search(
     while True:
         log_probabilities, ends = batch.next_words()
         if ends is not None:
-            stuck = (ranks + log_probabilities.amax(2) == -torch.inf).all(1)  # no hypothesis has a word left
-            stuck &= (finished.scores == -torch.inf).flatten(1).all(1)
+            # No hypothesis has a word left, and none has ended, since none might.
+            stuck = (ranks + log_probabilities.amax(2) == -torch.inf).all(1)
             log_probabilities[..., end] = ends.where(stuck[:, None], -torch.inf)
         parents, words, totals, ranks = _choose(log_probabilities, batch.totals, ranks, width, groups, diversity, end)
         batch.say(None if beam_size == 1 else parents, words, totals)
@@ -464,13 +464,13 @@ def _filter(log_probabilities: Tensor, temperature: float, top_k: int, top_p: fl
     shares = (log_probabilities / temperature).softmax(-1)
     if not top_k and top_p >= 1:
         return shares, None
-    every, count = shares, top_k or NUCLEUS
-    shares, kept = largest(every, count)
-    while not top_k and count < every.size(-1) and (shares.sum(-1) < top_p).any():
-        count *= 4
-        shares, kept = largest(every, count)
+    everything, count = shares, top_k or NUCLEUS
+    shares, kept = largest(everything, count)
     if top_k:
         shares = shares / shares.sum(-1, keepdim=True)
+    while not top_k and count < everything.size(-1) and (shares.sum(-1) < top_p).any():
+        count *= 4
+        shares, kept = largest(everything, count)
     more_probable = shares.cumsum(-1, dtype=torch.float64) - shares  # together
     return shares.where(more_probable < top_p, 0), kept
 

@@ -389,6 +389,7 @@ FILTERS = {
     "hot": {"temperature": 2.0},
     "top 2": {"top_k": 2},
     "nucleus": {"top_p": 0.7},
+    "nucleus of the top 2": {"top_k": 2, "top_p": 0.6},
     "all three": {"temperature": 1.5, "top_k": 2, "top_p": 0.8},
     "limited": {"top_k": 2, "min_words": 1, "no_repeat_ngram": 1, "prefix": (B,)},
 }
