@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
+import glob
 import math
+import os
 import random
+import stat
+import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image, UnidentifiedImageError
 
 from captioner.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torchvision.transforms._presets import ImageClassification
 
 # Pillow tries every decoder it has on whatever it is given; the formats of photographs are enough, and the rest is
@@ -34,6 +40,20 @@ SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm"),
 }
 FORMATS = ", ".join(SUFFIXES)
+MEMORY = 390_000_000  # bytes for decoding one image: enough for each within pillow's limit of pixels, but see below
+LONGEST = 65_535  # pixels of a side, a JPEG's longest; of a longer one, a square's first resampling fills the memory
+STRIP = 2**20  # pixels that are converted at a time
+ORIENTATION = 0x0112  # the EXIF tag
+# What makes an image upright, by that tag (EXIF 2.32, section 4.6.4); 1 is upright, and so is what is not listed.
+TURNS: dict[Any, Image.Transpose] = {  # whatever a file says
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _OPENING = threading.Lock()
 
 
@@ -48,34 +68,191 @@ def read_image(path: str | Path) -> Image.Image:
     Raises
     ------
     InputError
-        If the file is missing, of another format, damaged, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels. A
-        truncated file is damaged: half a photograph would get a caption that nobody could explain.
+        If the file is missing, no file (a pipe, a device), of another format, damaged, or too large: more than
+        `PIL.Image.MAX_IMAGE_PIXELS` pixels, a side of more than `LONGEST`, or `MEMORY` bytes to decode. A truncated
+        file is damaged: half a photograph would get a caption that nobody could explain.
     """
+    with open_image(path) as picture:
+        picture.load()
+        return picture.rgb()
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Picture]:
+    """Open an image file for a `with` statement, in which whatever cannot be read of it raises an `InputError`.
+
+    Parameters
+    ----------
+    path
+        As for `read_image`. Only the file's header is read yet.
+    """
+    name = printable(path)
     try:
-        # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that far.
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a pipe waits until somebody writes to it
+            raise InputError(f"{name} cannot be opened (a pipe, socket or device): give the path of an image file.")
         with open(path, "rb") as file:
-            # What is done with warnings is done in all threads: one after the other they open, and together decode.
+            # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that
+            # far. What is done with warnings is done in all threads: one after the other they open, together decode.
             with _OPENING, warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
                 image = Image.open(file, formats=list(SUFFIXES))
-            image.load()
-            return to_rgb(_upright(image))
+            picture = Picture(image)
+            if max(image.size) > LONGEST:
+                raise InputError(
+                    f"{name} has a side of {max(image.size)} pixels, more than {LONGEST}: cut it and try again."
+                )
+            if picture.memory > MEMORY:
+                raise InputError(
+                    f"{name} takes {picture.memory // 10**6} MB of memory to decode, more than {MEMORY // 10**6}: "
+                    f"make it smaller and try again."
+                )
+            yield picture
+    except InputError:
+        raise
     except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that can be read: give a file of the format {FORMATS}.") from None
+        raise InputError(f"{name} is not an image that can be read: give a file of the format {FORMATS}.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS
-        raise InputError(f"{path} has more than {limit} pixels: make it smaller and try again.") from None
+        raise InputError(f"{name} has more than {limit} pixels: make it smaller and try again.") from None
     except Exception as error:  # given damaged bytes, a decoder raises whatever it trips over
         if isinstance(error, OSError) and error.strerror:
-            raise InputError(f"{path} cannot be opened ({error.strerror}): give the path of an image file.") from None
-        raise InputError(f"{path} is damaged ({error}): replace the file or leave it out.") from error
+            raise InputError(f"{name} cannot be opened ({error.strerror}): give the path of an image file.") from None
+        reason = str(error) or type(error).__name__
+        if isinstance(error, MemoryError) or "out of memory" in reason:
+            raise InputError(f"{name} takes more memory to decode than there is: make it smaller.") from None
+        raise InputError(f"{name} is damaged ({reason}): replace the file or leave it out.") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a photograph as its camera was held; a broken EXIF block is no reason to refuse a good picture."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+def printable(path: str | Path) -> str:
+    """Write a path in one line of valid Unicode, with escapes for line breaks and for bytes that are no text."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in os.fspath(path)
+    )
+
+
+class Picture:
+    """An image that gives its pixels upright and as 8-bit RGB, some rows at a time.
+
+    So that a large one is in memory once, as it was decoded, and not a second time converted and a third time turned.
+
+    Parameters
+    ----------
+    image
+        Of any mode. That of a file is decoded when `load` is called or rows are asked for.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes that decoding it takes.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        self.memory = _decoding_memory(image)
+        self._image = image
+        self._turn: Image.Transpose | None = None
+        self._range: tuple[float, float] | None = None
+
+    def load(self) -> None:
+        """Decode the pixels of a file, and see which side is up."""
+        self._image.load()
+        try:
+            self._turn = TURNS.get(self._image.getexif().get(ORIENTATION))
+        except Exception:
+            pass  # a broken EXIF block is no reason to refuse a good picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright image, in pixels; known after `load`."""
+        width, height = self._image.size
+        return (height, width) if self._is_sideways else (width, height)
+
+    @property
+    def _is_sideways(self) -> bool:
+        return self._turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+
+    def rows(self, first: int, last: int) -> Image.Image:
+        """Return the rows from `first` to before `last`."""
+        width, height = self._image.size
+        if self._turn in (TURNS[7], TURNS[8]):
+            box = (width - last, 0, width - first, height)
+        elif self._is_sideways:
+            box = (first, 0, last, height)
+        elif self._turn in (TURNS[3], TURNS[4]):
+            box = (0, height - last, width, height - first)
+        else:
+            box = (0, first, width, last)
+        part = self._image if box == (0, 0, width, height) else self._image.crop(box)
+        if self._image.mode == "F" and self._range is None:
+            self._range = self._find_range()
+        part = _to_rgb(part, self._range)
+        return part if self._turn is None else part.transpose(self._turn)
+
+    def rgb(self) -> Image.Image:
+        """Return all of it."""
+        (width, height), step = self.size, self._rows_at_once
+        as_it_is = self._image.mode == "RGB" and not self._image.has_transparency_data and self._turn is None
+        if as_it_is or height <= step:
+            return self.rows(0, height)
+        whole = Image.new("RGB", (width, height))
+        for first in range(0, height, step):
+            whole.paste(self.rows(first, min(first + step, height)), (0, first))
+        return whole
+
+    def square(self, size: int, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
+        """Resample a part of it, (left, top, right, bottom) in pixels, to a square: (size, size, 3)."""
+        left, top, right, bottom = box
+        height, step = self.size[1], self._rows_at_once
+        if height <= step:
+            return np.asarray(self.rows(0, height).resize((size, size), Image.Resampling.BILINEAR, box))
+        # Pillow resamples along the rows and then along the columns, rounding between them, as is done here: the rows
+        # of a strip at a time, those that the square is made of, which is one of its pixels more at either edge.
+        edge = max((bottom - top) / size, 1)
+        start, end = max(math.floor(top - edge), 0), min(math.ceil(bottom + edge), height)
+        narrow = Image.new("RGB", (size, end - start))
+        for first in range(start, end, step):
+            strip = self.rows(first, min(first + step, end))
+            part = (left, 0, right, strip.height)
+            narrow.paste(strip.resize((size, strip.height), Image.Resampling.BILINEAR, part), (0, first - start))
+        box = (0, top - start, size, bottom - start)
+        return np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR, box))
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(STRIP // max(self.size[0], 1), 1)
+
+    def _find_range(self) -> tuple[float, float]:
+        """Return the least and the largest finite value of floating-point grey."""
+        width, height = self._image.size
+        low, high, step = math.inf, -math.inf, max(STRIP // width, 1)
+        for first in range(0, height, step):
+            values = np.asarray(self._image.crop((0, first, width, min(first + step, height))))
+            values = values[np.isfinite(values)]
+            low, high = float(values.min(initial=low)), float(values.max(initial=high))
+        return (low, high) if low <= high else (0.0, 1.0)
+
+
+def _decoding_memory(image: Image.Image) -> int:
+    """Return about how many bytes it takes to decode an image: those of pillow 13, measured."""
+    pixels, details = image.width * image.height, cast(Any, image)
+    each: float = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4)
+    if image.format == "WEBP":
+        each = 16  # pillow's copy, libwebp's, and two of the canvas
+    elif image.format in ("JPEG", "MPO") and "progressive" in image.info:
+        samples = [(across, down) for _, across, down, _ in details.layer]
+        most = max(across for across, _ in samples) * max(down for _, down in samples)
+        each += 2 * sum(across * down for across, down in samples) / max(most, 1)  # all coefficients, at 16 bits
+    elif image.format == "PPM" and details.tile and details.tile[0].codec_name != "raw":
+        each += 7  # decoded in Python
+    elif image.format == "TIFF":
+        tags = details.tag_v2
+        if tags.get(ORIENTATION, 1) != 1:
+            each *= 2  # pillow turns these by itself
+        if details.tile and details.tile[0].codec_name == "libtiff":
+            # And one tile or strip, as it is in the file and unpacked (TIFF 6.0, sections 3 and 15).
+            across, down = tags.get(322, image.width), tags.get(323, min(tags.get(278, image.height), image.height))
+            packed = max(tags.get(325, tags.get(279, (0,))))
+            return int(pixels * each + across * down * sum(tags.get(258, (1,))) / 8 + packed)
+    return round(pixels * each)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -85,56 +262,173 @@ def to_rgb(image: Image.Image) -> Image.Image:
     pillow's own conversion would clip them at 255; floating-point ones, which have no agreed range, from their minimum
     to their maximum.
     """
+    return Picture(image).rgb()
+
+
+def _to_rgb(image: Image.Image, limits: tuple[float, float] | None) -> Image.Image:
+    """Convert an image, or a part of one, floating-point values from the limits of the whole."""
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = (values.min(), values.max()) if image.mode == "F" else (0, 65535)
+        low, high = limits or (0, 65535)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low, posinf=high, neginf=low)
         scaled = (values - low) / (high - low or 1) * 255
         image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """List the image files that are given or lie in given folders.
 
+    Nothing is opened. What stands in the list and turns out to be no image, a broken link, a pipe or a folder that may
+    not be looked into, is an error of its own when it is read.
+
     Parameters
     ----------
     paths
-        Files, taken as they are, and folders, searched recursively for files with an image's suffix, hidden ones left
-        out.
+        Each the first of these that it can be: a file, taken as it is; a folder, searched with all folders in it, those
+        behind links too, for names with an image's suffix, hidden ones left out; "-", standard input, and "@list.txt",
+        a file, both of one path a line (or with a zero byte after each, as `find -print0` writes them), where relative
+        ones start from the current directory; a pattern like "photos/*.jpg" or "photos/**/*.png", whose matches are
+        folders and names with an image's suffix, hidden ones left out.
 
     Returns
     -------
     list of Path
-        In the order given, within a folder sorted by name; a file that is reached twice stands where it came first.
+        In the order given, within a folder or a pattern sorted by name; a file that is reached twice stands where it
+        came first.
 
     Raises
     ------
     InputError
-        If a path does not exist or a folder holds no image.
+        If a path does not exist, a list cannot be read or names nothing that exists, a pattern matches nothing, or a
+        folder holds no image.
     """
-    known = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in known
-                and file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
-            if not files:
-                raise InputError(f"The folder {path} holds no image: it needs files ending in {', '.join(known)}.")
-        elif path.exists():
-            files = [path]
-        else:
-            raise InputError(f"There is no file or folder {path}: check the path.")
-        for file in files:
-            found.setdefault(file.resolve(), file)
+    found: dict[str, Path] = {}
+    real = functools.cache(os.path.realpath)
+    for path in _named(os.fspath(path) for path in paths):
+        for file in _search(path) if os.path.isdir(path) else [path]:
+            # The folder's real path is looked up once for all files in it.
+            same = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(file.parent), file.name)
+            found.setdefault(same, file)
     return list(found.values())
+
+
+def _named(paths: Iterable[str]) -> Iterator[Path]:
+    """Resolve lists and patterns to the files and folders that they name."""
+    for path in paths:
+        if os.path.lexists(path):
+            yield Path(path)
+        elif path == "-":
+            yield from _lines(sys.stdin.buffer.read(), "standard input")
+        elif path.startswith("@"):
+            try:
+                data = Path(path[1:]).read_bytes()
+            except OSError as error:
+                reason = f"The list {printable(path[1:])} cannot be read ({error.strerror})"
+                raise InputError(f"{reason}: give @ and a text file with one path a line.") from None
+            yield from _lines(data, printable(path[1:]))
+        elif glob.has_magic(path):
+            matches = _matches(path)
+            if not matches:
+                raise InputError(f"Nothing matches {printable(path)}: it needs files ending in {', '.join(_known())}.")
+            yield from matches
+        else:
+            raise InputError(f"There is no file or folder {printable(path)}: check the path.")
+
+
+def _lines(data: bytes, place: str) -> list[Path]:
+    """Read a list of paths; one of them may be missing, which is an error when it is read, but not all."""
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\0" if b"\0" in data else b"\n")
+    paths = [Path(os.fsdecode(line.removesuffix(b"\r"))) for line in lines if line.strip()]
+    if not any(map(os.path.lexists, paths)):
+        raise InputError(f"No path in {place} exists: it needs one a line, relative ones from the current directory.")
+    return paths
+
+
+def _known() -> tuple[str, ...]:
+    return tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+
+
+def _has_suffix(name: str) -> bool:
+    return name.lower().endswith(_known())
+
+
+def _search(folder: Path) -> list[Path]:
+    """List the files of a folder that have an image's suffix, and the folders in it that may not be looked into."""
+    files: list[Path] = []
+    for current, entries in _walk(os.fspath(folder)):
+        if isinstance(entries, OSError):
+            if current == os.fspath(folder):
+                reason = f"The folder {printable(folder)} cannot be looked into ({entries.strerror})"
+                raise InputError(f"{reason}: give one that you may read.")
+            files.append(Path(current))
+        else:
+            files += [Path(entry) for entry in entries if _has_suffix(entry) and not os.path.isdir(entry)]
+    if not files:
+        raise InputError(
+            f"The folder {printable(folder)} holds no image: it needs files ending in {', '.join(_known())}."
+        )
+    return sorted(files)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str] | OSError]]:
+    """Give a folder and all folders in it, each once, with the paths of what is in it and not hidden.
+
+    A folder behind a link comes after those that are reached without one, and never when it is one of them.
+    """
+    real: set[str] = set()
+    waiting, links = [folder], list[str]()
+    while waiting or links:
+        current = waiting.pop() if waiting else links.pop()
+        where = os.path.realpath(current)
+        if where in real:
+            continue
+        real.add(where)
+        inside = []
+        try:
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        inside.append(entry.path)
+                        if entry.is_symlink():
+                            links += [entry.path] if os.path.isdir(entry.path) else []
+                        elif entry.is_dir():
+                            waiting.append(entry.path)
+        except OSError as error:
+            yield current, error
+        else:
+            yield current, inside
+
+
+def _matches(pattern: str) -> list[Path]:
+    """List what matches a pattern, as a shell expands it, "**" standing for any folders.
+
+    Python's own `glob` goes round in the loops that links make.
+    """
+    path = Path(pattern)
+    found = [path.anchor or os.curdir]
+    for part in path.parts[bool(path.anchor) :]:
+        if part == "**":
+            found = [folder for start in found for folder, _ in _walk(start)]
+        elif glob.has_magic(part):
+            found = [
+                os.path.join(folder, name)
+                for folder in found
+                for name in _list_folder(folder)
+                if fnmatch.fnmatch(name, part) and (part.startswith(".") or not name.startswith("."))
+            ]
+        else:
+            found = [name for name in (os.path.join(folder, part) for folder in found) if os.path.lexists(name)]
+    return sorted(Path(name) for name in set(found) if os.path.isdir(name) or _has_suffix(name))
+
+
+def _list_folder(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:  # no folder, or none that may be looked into: as in a shell, it has no match
+        return []
 
 
 @dataclass(frozen=True)
@@ -219,11 +513,18 @@ class Preprocessing:
             (3, size, size) uint8. For "crop" the same as torchvision's `Resize` and `CenterCrop` of a PIL image, up to
             the rounding of single values by one level of 256, seldom two.
         """
+        import torch
+
+        return torch.from_numpy(self.square(Picture(image), box))
+
+    def square(self, picture: Picture, box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
+        """Make the square of a picture, (3, size, size), as `pixels` does; torch is not imported."""
+        if 0 in picture.size:
+            raise InputError(f"An image of {picture.size[0]} x {picture.size[1]} pixels shows nothing: leave it out.")
         # One resampling from the visible box instead of resizing and then cropping: `visible_box` is exact by
         # construction, and a strip of 1 x 5,000 pixels does not become one of 224 x 1,120,000 on the way.
-        box = box or self.visible_box(image.width, image.height)
-        square = to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR, box)
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        box = box or self.visible_box(*picture.size)
+        return np.ascontiguousarray(picture.square(self.size, box).transpose(2, 0, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Scale pixels to the range that the encoder expects.
@@ -243,6 +544,8 @@ class Preprocessing:
         ValueError
             If the pixels are not uint8: they were normalised before, and twice makes every image the same grey.
         """
+        import torch
+
         if pixels.dtype != torch.uint8:
             raise ValueError(f"normalise() takes uint8 pixels in 0..255, once, and was given {pixels.dtype}.")
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))

@@ -27,6 +27,7 @@ LEVELS = {
     ],
     1: [
         "study",
+        "image_stream",
         "metrics",
         "results",
         "vocabulary",
@@ -103,6 +104,8 @@ def python(code):
         ".errors",
         ".annotation_files",
         ".tokens",
+        ".images",
+        ".image_stream",
         ".metrics",
         ".results",
         ".evaluation",
