@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Read = tuple[int, Path, tuple[Tensor, ...] | InputError]
 
-SECONDS = 60.0  # for opening an image and again for decoding it
+SECONDS = 120.0  # for opening an image and again for decoding it; a busy core decodes the largest in 20
 AHEAD = 2  # batches that are read before they are asked for
 SMALL = 8_000_000  # bytes: an image that takes no more is decoded without asking
 
@@ -44,6 +44,9 @@ sys.path[:] = settings.pop("path")
 from captioner.image_stream import serve
 serve(**settings)
 """
+# Threads for matrix products, of which it makes none, would take their memory all the same. And glibc's malloc would
+# keep that of a large image that was freed, unless told to hand back what is larger than this at once.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 # It is sent the length of a path and the path, and answers with one of these, a number, and as many bytes. No pickles:
 # nothing that a decoder is brought to say runs here.
 STARTED, PIXELS, REFUSED = b"s", b"p", b"r"
@@ -193,8 +196,7 @@ class _Readers:
                 pipesize=2**20,  # an image is written in one go
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # Threads of matrix products, which it makes none of, would take their memory all the same.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, **ENVIRONMENT},
                 start_new_session=True,  # Ctrl-C in a terminal is for us alone: we end the process
             )
             self._processes.add(process)
@@ -283,7 +285,7 @@ def serve(preprocessings: Sequence[dict[str, Any]], seconds: float) -> None:
     """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
 
-    def answer(kind: bytes, data: Sequence[bytes | memoryview] = (), number: int | None = None) -> None:
+    def answer(kind: bytes, data: Sequence[memoryview] = (), number: int | None = None) -> None:
         answers.write(ANSWER.pack(kind, sum(map(len, data)) if number is None else number))
         answers.writelines(data)
         answers.flush()
@@ -312,13 +314,12 @@ def serve(preprocessings: Sequence[dict[str, Any]], seconds: float) -> None:
         path = os.fsdecode(requests.read(*LENGTH.unpack(header)))
         arm()
         try:
-            data = [square.data.cast("B") for square in _squares(path, squares, claim)]
+            kind, data = PIXELS, [square.data.cast("B") for square in _squares(path, squares, claim)]
         except InputError as error:
-            faulthandler.cancel_dump_traceback_later()
-            answer(REFUSED, [str(error).encode()])
-        else:
-            faulthandler.cancel_dump_traceback_later()
-            answer(PIXELS, data)
+            kind, data = REFUSED, [memoryview(str(error).encode())]
+        # Only now, without the error, is the image's memory free, which the answer gives back to the others.
+        faulthandler.cancel_dump_traceback_later()
+        answer(kind, data)
 
 
 def _limit_memory(more: int) -> None:

@@ -42,7 +42,8 @@ SUFFIXES = {
 FORMATS = ", ".join(SUFFIXES)
 MEMORY = 390_000_000  # bytes for decoding one image: enough for each within pillow's limit of pixels, but see below
 LONGEST = 65_535  # pixels of a side, a JPEG's longest; of a longer one, a square's first resampling fills the memory
-STRIP = 2**20  # pixels that are converted at a time
+WHOLE = 2**21  # pixels: an image that has no more is converted at once
+STRIP = 2**18  # pixels of a larger one that are converted at a time
 ORIENTATION = 0x0112  # the EXIF tag
 # What makes an image upright, by that tag (EXIF 2.32, section 4.6.4); 1 is upright, and so is what is not listed.
 TURNS: dict[Any, Image.Transpose] = {  # whatever a file says
@@ -88,9 +89,12 @@ def open_image(path: str | Path) -> Iterator[Picture]:
     """
     name = printable(path)
     try:
-        kind = os.stat(path).st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a pipe waits until somebody writes to it
+        status = os.stat(path)
+        # Opening a pipe waits until somebody writes to it.
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise InputError(f"{name} cannot be opened (a pipe, socket or device): give the path of an image file.")
+        if status.st_size == 0:
+            raise InputError(f"{name} is empty: replace the file or leave it out.")
         with open(path, "rb") as file:
             # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that
             # far. What is done with warnings is done in all threads: one after the other they open, together decode.
@@ -190,8 +194,7 @@ class Picture:
     def rgb(self) -> Image.Image:
         """Return all of it."""
         (width, height), step = self.size, self._rows_at_once
-        as_it_is = self._image.mode == "RGB" and not self._image.has_transparency_data and self._turn is None
-        if as_it_is or height <= step:
+        if height <= step:
             return self.rows(0, height)
         whole = Image.new("RGB", (width, height))
         for first in range(0, height, step):
@@ -204,8 +207,8 @@ class Picture:
         height, step = self.size[1], self._rows_at_once
         if height <= step:
             return np.asarray(self.rows(0, height).resize((size, size), Image.Resampling.BILINEAR, box))
-        # Pillow resamples along the rows and then along the columns, rounding between them, as is done here: the rows
-        # of a strip at a time, those that the square is made of, which is one of its pixels more at either edge.
+        # Along the rows and then along the columns, rounding between them, as pillow does, which takes a tall image the
+        # other way round: there single values differ by one. Needed are the box and one of the square's pixels more.
         edge = max((bottom - top) / size, 1)
         start, end = max(math.floor(top - edge), 0), min(math.ceil(bottom + edge), height)
         narrow = Image.new("RGB", (size, end - start))
@@ -218,7 +221,9 @@ class Picture:
 
     @property
     def _rows_at_once(self) -> int:
-        return max(STRIP // max(self.size[0], 1), 1)
+        width, height = self.size
+        as_it_is = self._image.mode == "RGB" and not self._image.has_transparency_data and self._turn is None
+        return max(height, 1) if as_it_is or width * height <= WHOLE else max(STRIP // width, 1)
 
     def _find_range(self) -> tuple[float, float]:
         """Return the least and the largest finite value of floating-point grey."""
@@ -378,14 +383,14 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str] | OSError]]:
 
     A folder behind a link comes after those that are reached without one, and never when it is one of them.
     """
-    real: set[str] = set()
-    waiting, links = [folder], list[str]()
+    seen: set[str] = set()
+    waiting, links = [(folder, os.path.realpath(folder))], list[str]()
     while waiting or links:
-        current = waiting.pop() if waiting else links.pop()
-        where = os.path.realpath(current)
-        if where in real:
+        # Only behind a link is a real path to be looked up, for which each folder on the way is asked.
+        current, real = waiting.pop() if waiting else (links[-1], os.path.realpath(links.pop()))
+        if real in seen:
             continue
-        real.add(where)
+        seen.add(real)
         inside = []
         try:
             with os.scandir(current) as entries:
@@ -395,7 +400,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str] | OSError]]:
                         if entry.is_symlink():
                             links += [entry.path] if os.path.isdir(entry.path) else []
                         elif entry.is_dir():
-                            waiting.append(entry.path)
+                            waiting.append((entry.path, os.path.join(real, entry.name)))
         except OSError as error:
             yield current, error
         else:

@@ -1,19 +1,23 @@
 import dataclasses
+import io
 import json
 import math
+import os
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.models import EfficientNet_B1_Weights, ResNet50_Weights
 from torchvision.transforms import RandomResizedCrop, functional
 
+from captioner import images
 from captioner.errors import InputError
-from captioner.images import SUFFIXES, Preprocessing, find_images, random_box, read_image
+from captioner.images import SUFFIXES, Preprocessing, find_images, printable, random_box, read_image, to_rgb
 
 FITS = [Preprocessing("crop", 224, 256), Preprocessing("crop", 96), Preprocessing("squash", 128)]
 SHAPES = [(300, 200), (200, 300), (97, 64), (64, 97), (641, 480), (224, 224), (50, 1000)]
@@ -156,6 +160,100 @@ def test_threads_that_read_at_once_leave_the_warnings_as_they_were(tmp_path, mon
     assert warnings.filters == before
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(tmp_path, monkeypatch, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    noise(31, 17).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert expected.shape == ((31, 17, 3) if orientation > 4 else (17, 31, 3))
+    assert np.array_equal(read_image(path), expected)
+    monkeypatch.setattr(images, "WHOLE", 0)
+    monkeypatch.setattr(images, "STRIP", 100)
+    assert np.array_equal(read_image(path), expected)
+
+
+MODES = {
+    "RGB": noise(70, 50),
+    "L": noise(70, 50).convert("L"),
+    "1": noise(70, 50).convert("1"),
+    "P": noise(70, 50).quantize(16),
+    "RGBA": Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)),
+    "LA": Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 2), dtype=np.uint8)),
+    "CMYK": noise(70, 50).convert("CMYK"),
+    "I;16": Image.fromarray(np.random.default_rng(0).integers(0, 65536, (50, 70), dtype=np.uint16)),
+    "F": Image.fromarray(np.random.default_rng(0).normal(size=(50, 70)).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("step", [1, 7])
+def test_in_strips_an_image_is_what_it_is_at_once(monkeypatch, mode, step):
+    image = MODES[mode]
+    assert image.mode == mode
+    fits = [Preprocessing("crop", 16, 20), Preprocessing("squash", 24), Preprocessing("crop", 90)]
+    whole, squares = to_rgb(image), [fit.pixels(image) for fit in fits]
+    monkeypatch.setattr(images, "WHOLE", 0)
+    monkeypatch.setattr(images, "STRIP", 70 * step)
+    assert np.array_equal(to_rgb(image), whole)
+    for fit, square in zip(fits, squares, strict=True):
+        assert (fit.pixels(image).int() - square.int()).abs().max() <= 1
+        if fit.size < 50:
+            # Wider than high: pillow too resamples along the rows first. Up to the rounding of weights.
+            assert (fit.pixels(image) != square).float().mean() < 0.01
+
+
+def test_values_that_are_no_numbers_do_not_stretch_the_others(tmp_path):
+    values = np.array([[-1.0, 0.0, 3.0, np.nan, np.inf, -np.inf]], dtype=np.float32)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    assert np.asarray(read_image(tmp_path / "float.tif"))[0, :, 0].tolist() == [0, 64, 255, 0, 255, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "least", "most"),
+    [  # bytes a pixel
+        ("a.png", {}, 4, 4),
+        ("a.jpg", {}, 4, 4),
+        ("sharp.jpg", {"progressive": True, "subsampling": 0}, 10, 10),
+        ("b.jpg", {"progressive": True}, 7, 7),
+        ("a.webp", {}, 16, 16),
+        ("a.tif", {}, 4, 4),
+        ("turned.tif", {"tiffinfo": {0x0112: 6}}, 8, 8),
+        ("strip.tif", {"compression": "tiff_lzw", "tiffinfo": {278: 40}}, 7, 11.5),
+    ],
+)
+def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name, settings, least, most):
+    noise(60, 40).save(tmp_path / name, **settings)
+    monkeypatch.setattr(images, "MEMORY", math.floor(most * 60 * 40))
+    read_image(tmp_path / name)
+    monkeypatch.setattr(images, "MEMORY", math.ceil(least * 60 * 40) - 1)
+    with pytest.raises(InputError, match=f"{name} takes 0 MB of memory to decode"):
+        read_image(tmp_path / name)
+
+
+def test_a_side_that_is_too_long_is_refused(tmp_path):
+    Image.new("1", (1, 65_536)).save(tmp_path / "tall.png")
+    with pytest.raises(InputError, match="tall.png has a side of 65536 pixels"):
+        read_image(tmp_path / "tall.png")
+
+
+def test_an_image_of_no_size_shows_nothing():
+    with pytest.raises(InputError, match="0 x 5 pixels"):
+        Preprocessing().pixels(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [('강아지 "1" 👩.jpg', '강아지 "1" 👩.jpg'), ("two\nlines", "two\\nlines"), (os.fsdecode(b"\xe9"), "\\udce9")],
+)
+def test_a_path_is_printable(name, shown):
+    assert printable(name) == printable(Path(name)) == shown
+    shown.encode()
+
+
 # Finding
 
 
@@ -171,6 +269,127 @@ def test_folders_are_searched_and_files_taken_as_they_are(tmp_path):
         tmp_path / "a.PNG",
         tmp_path / "deep/c.webp",
     ]
+
+
+ALL = ["[1].jpg", "a b.png", "b.jpg", "in/c.jpg", "in/deep/d.PNG", "in/x.jpg/e.jpg"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, with some names in it."""
+    for name in [
+        "b.jpg",
+        "a b.png",
+        "[1].jpg",
+        "notes.txt",
+        ".hidden.jpg",
+        "in/c.jpg",
+        "in/deep/d.PNG",
+        "in/x.jpg/e.jpg",
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.jpg", ["[1].jpg", "b.jpg"]),
+        ("[1].jpg", ["[1].jpg"]),  # a file of that name, not a pattern
+        ("[a-b]*", ["a b.png", "b.jpg"]),
+        ("i?/*.jpg", ["in/c.jpg", "in/x.jpg/e.jpg"]),
+        ("**/*.jpg", ["[1].jpg", "b.jpg", "in/c.jpg", "in/x.jpg/e.jpg"]),
+        ("in/**/*.PNG", ["in/deep/d.PNG"]),
+        ("**", ALL),
+        ("*", ALL),
+        (".*.jpg", [".hidden.jpg"]),
+        ("{here}/*.png", ["a b.png"]),
+    ],
+)
+def test_a_pattern_is_expanded_as_a_shell_does(folder, pattern, found):
+    assert [folder / path for path in find_images([pattern.format(here=folder)])] == [folder / path for path in found]
+
+
+LISTS = [
+    (b"in\n\n  \nb.jpg\na b.png\nnone.jpg\nb.jpg\n", ["in/c.jpg", "in/deep/d.PNG", "in/x.jpg/e.jpg", "b.jpg"]),
+    (b"\xef\xbb\xbfb.jpg\r\nnone.jpg\r\na b.png\r\n", ["b.jpg", "none.jpg", "a b.png"]),
+    (b"two\nlines.jpg\0[1].jpg\0", ["two\nlines.jpg", "[1].jpg"]),
+    (b"b.jpg\n\xff.jpg", ["b.jpg", "\udcff.jpg"]),
+]
+
+
+@pytest.mark.parametrize(("lines", "found"), LISTS)
+@pytest.mark.parametrize("given", ["@list.txt", "-"])
+def test_a_list_names_what_is_read(folder, monkeypatch, lines, found, given):
+    (folder / "list.txt").write_bytes(lines)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert [str(path) for path in find_images([given])][: len(found)] == found
+
+
+def test_what_exists_is_meant_by_its_name(folder):
+    for name in ("@b.jpg", "-"):
+        (folder / name).touch()
+    assert find_images(["@b.jpg", "-"]) == [Path("@b.jpg"), Path("-")]
+
+
+def test_links_are_followed_and_never_in_circles(folder):
+    outside = folder.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "far.jpg").touch()
+    (folder / "a-link").symlink_to("in")
+    (folder / "in/deep/up").symlink_to(folder)
+    (folder / "in/deep/up-again").symlink_to("..")
+    (folder / "in/itself").symlink_to("itself")
+    (folder / "in/out").symlink_to(outside)
+    (folder / "same.jpg").symlink_to("in/c.jpg")
+    found = [str(path) for path in find_images(["."])]
+    assert found == [*ALL[:5], "in/out/far.jpg", ALL[5]]
+    assert sorted(map(str, find_images(["**/*.[jJpP]*"]))) == sorted(found)
+
+
+def test_what_cannot_be_read_is_found_and_named(folder):
+    (folder / "in/broken.jpg").symlink_to("none")
+    os.mkfifo(folder / "in/pipe.jpg")
+    found = find_images(["in"])
+    assert [path.name for path in found] == ["broken.jpg", "c.jpg", "d.PNG", "pipe.jpg", "e.jpg"]
+    for name, reason in [("broken.jpg", "No such file"), ("pipe.jpg", "a pipe"), ("c.jpg", "is empty")]:
+        with pytest.raises(InputError, match=f"in/{name} .*{reason}"):
+            read_image(folder / "in" / name)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_found_too(folder, monkeypatch):
+    scan = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert find_images(["in"]) == [Path("in/c.jpg"), Path("in/deep"), Path("in/x.jpg/e.jpg")]
+    with pytest.raises(InputError, match="in/deep cannot be looked into .Permission denied"):
+        find_images(["b.jpg", "in/deep"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("none.jpg", "no file or folder none.jpg"),
+        ("two\nlines", r"no file or folder two\\nlines"),
+        ("*.gif", r"Nothing matches \*.gif"),
+        ("@none.txt", "list none.txt cannot be read .No such file"),
+        ("@in", "list in cannot be read .Is a directory"),
+        ("@wrong.txt", "No path in wrong.txt exists"),
+        ("@blank.txt", "No path in blank.txt exists"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_an_error(folder, given, message):
+    (folder / "wrong.txt").write_text("none.jpg\nother.jpg\n")
+    (folder / "blank.txt").write_text(" \n\n")
+    with pytest.raises(InputError, match=message):
+        find_images(["b.jpg", given])
 
 
 def test_finding_nothing_is_an_error(tmp_path):
