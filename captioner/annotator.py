@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic
+from typing import Generic, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Annotator(Generic[Seen]):
         self.model = model
         self.device = model.captioners[0].device
         self.precision = faster_precision(self.device) if precision is None else getattr(torch, precision)
-        self._stance = "default"
+        self._stance: Literal["default", "eager_on_recompile"] = "default"
         if compiled:
             for captioner in model.captioners:
                 captioner.encoder.compile(dynamic=False, options={"freezing": True})

@@ -20,9 +20,8 @@ from captioner.caption_files import (
     Sidecars,
     counted,
     format_of,
-    in_one_line,
 )
-from captioner.errors import InputError
+from captioner.errors import InputError, in_one_line
 from captioner.output_files import check_writable
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 from filelock import FileLock, Timeout
 
 from captioner.annotation_files import read_text
-from captioner.errors import InputError
+from captioner.errors import InputError, in_one_line
 from captioner.output_files import check_writable, write, write_parts
 from captioner.results import read_results
 
@@ -40,11 +40,6 @@ class Outcome(NamedTuple):
     image: Path
     captions: Sequence[tuple[str, float]] = ()
     fault: str = ""
-
-
-def in_one_line(text: object) -> str:
-    r"""Return text, such as a file's name, with each line break, tab or other control character as an escape (\n)."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
 def counted(number: int) -> str:

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from captioner.errors import InputError
-from captioner.images import MEMORY, Preprocessing, open_image, printable
+from captioner.errors import InputError, in_one_line
+from captioner.images import MEMORY, Preprocessing, open_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -237,7 +237,7 @@ class _Readers:
                 code = process.wait()
                 end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 reason = f"cannot be read, its decoder crashed ({end}): replace the file"
-            return InputError(f"{printable(path)} {reason} or leave it out.")
+            return InputError(f"{in_one_line(path)} {reason} or leave it out.")
         return InputError(data.decode()) if kind == REFUSED else data
 
     @contextmanager

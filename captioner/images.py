@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from captioner.errors import InputError
+from captioner.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def open_image(path: str | Path) -> Iterator[Picture]:
     path
         As for `read_image`. Only the file's header is read yet.
     """
-    name = printable(path)
+    name = in_one_line(path)
     try:
         status = os.stat(path)
         # Opening a pipe waits until somebody writes to it.
@@ -125,13 +125,6 @@ def open_image(path: str | Path) -> Iterator[Picture]:
         if isinstance(error, MemoryError) or "out of memory" in reason:
             raise InputError(f"{name} takes more memory to decode than there is: make it smaller.") from None
         raise InputError(f"{name} is damaged ({reason}): replace the file or leave it out.") from error
-
-
-def printable(path: str | Path) -> str:
-    """Write a path in one line of valid Unicode, with escapes for line breaks and for bytes that are no text."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in os.fspath(path)
-    )
 
 
 class Picture:
@@ -331,16 +324,18 @@ def _named(paths: Iterable[str]) -> Iterator[Path]:
             try:
                 data = Path(path[1:]).read_bytes()
             except OSError as error:
-                reason = f"The list {printable(path[1:])} cannot be read ({error.strerror})"
+                reason = f"The list {in_one_line(path[1:])} cannot be read ({error.strerror})"
                 raise InputError(f"{reason}: give @ and a text file with one path a line.") from None
-            yield from _lines(data, printable(path[1:]))
+            yield from _lines(data, in_one_line(path[1:]))
         elif glob.has_magic(path):
             matches = _matches(path)
             if not matches:
-                raise InputError(f"Nothing matches {printable(path)}: it needs files ending in {', '.join(_known())}.")
+                raise InputError(
+                    f"Nothing matches {in_one_line(path)}: it needs files ending in {', '.join(_known())}."
+                )
             yield from matches
         else:
-            raise InputError(f"There is no file or folder {printable(path)}: check the path.")
+            raise InputError(f"There is no file or folder {in_one_line(path)}: check the path.")
 
 
 def _lines(data: bytes, place: str) -> list[Path]:
@@ -366,14 +361,14 @@ def _search(folder: Path) -> list[Path]:
     for current, entries in _walk(os.fspath(folder)):
         if isinstance(entries, OSError):
             if current == os.fspath(folder):
-                reason = f"The folder {printable(folder)} cannot be looked into ({entries.strerror})"
+                reason = f"The folder {in_one_line(folder)} cannot be looked into ({entries.strerror})"
                 raise InputError(f"{reason}: give one that you may read.")
             files.append(Path(current))
         else:
             files += [Path(entry) for entry in entries if _has_suffix(entry) and not os.path.isdir(entry)]
     if not files:
         raise InputError(
-            f"The folder {printable(folder)} holds no image: it needs files ending in {', '.join(_known())}."
+            f"The folder {in_one_line(folder)} holds no image: it needs files ending in {', '.join(_known())}."
         )
     return sorted(files)
 

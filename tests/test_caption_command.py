@@ -21,10 +21,10 @@ from pycocotools.coco import COCO
 from captioner.annotation_files import ImageFolder
 from captioner.caption_command import DECODING, HELP, add_options, picture_names, understand
 from captioner.cli import _parser, main
+from captioner.decoding import Decoding
 from captioner.images import find_images
 from captioner.model import Captioner
 from captioner.results import read_results
-from captioner.decoding import Decoding
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 from filelock import FileLock
 from pycocotools.coco import COCO
 
-from captioner.caption_files import FORMATS, CaptionFile, Outcome, Sidecars, format_of, in_one_line
-from captioner.errors import InputError
+from captioner.caption_files import FORMATS, CaptionFile, Outcome, Sidecars, format_of
+from captioner.errors import InputError, in_one_line
 from captioner.results import Result, read_results
 
 NAMES = ["a, b.jpg", 'a "b".jpg', "a\nb\r.jpg", "a\tb.jpg", " ;한글\u2028.jpg", "half\udc80.jpg", "a=b\\n.jpg"]

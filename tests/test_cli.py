@@ -120,7 +120,7 @@ def test_bad_images_alone(best, tmp_path, capsys):
         (["missing.jpg"], "no file or folder missing.jpg"),
         (["{empty}"], "holds no image"),
         (["{image}", "--nope"], "--nope"),
-        (["{image}", "--beam-size", "0"], "at least 1"),
+        (["{image}", "--beam-size", "0"], "give 1 or more"),
         (["{image}", "--beam-size", "two"], "--beam-size"),
         (["{image}", "--output", "{empty}/no/such/out.jsonl"], "out.jsonl cannot be written"),
         (["{image}", "--output", "{empty}"], "is a folder"),

@@ -13,9 +13,9 @@ from odd_images import REFUSED, encoded, png_bomb, write_good, write_odd
 from PIL import Image
 
 from captioner import image_stream
-from captioner.errors import InputError
+from captioner.errors import InputError, in_one_line
 from captioner.image_stream import START, read_images
-from captioner.images import Preprocessing, find_images, printable, read_image
+from captioner.images import Preprocessing, find_images, read_image
 
 SQUARES = [Preprocessing("crop", 24), Preprocessing("squash", 32)]
 # Before a process serves, it is made to do something else for an image of some name.
@@ -91,7 +91,7 @@ def test_of_hundreds_of_odd_files_each_comes_to_what_it_must(odd, workers):
             if isinstance(squares, InputError):
                 assert outcome != "read", squares
                 reason = str(squares)
-                assert reason.startswith(f"{printable(path)} ") and reason.isprintable() and reason.endswith(".")
+                assert reason.startswith(f"{in_one_line(path)} ") and reason.isprintable() and reason.endswith(".")
             else:
                 assert outcome != REFUSED, path
                 assert [square.shape for square in squares] == [(3, 24, 24), (3, 32, 32)]

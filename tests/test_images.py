@@ -16,8 +16,8 @@ from torchvision.models import EfficientNet_B1_Weights, ResNet50_Weights
 from torchvision.transforms import RandomResizedCrop, functional
 
 from captioner import images
-from captioner.errors import InputError
-from captioner.images import SUFFIXES, Preprocessing, find_images, printable, random_box, read_image, to_rgb
+from captioner.errors import InputError, in_one_line
+from captioner.images import SUFFIXES, Preprocessing, find_images, random_box, read_image, to_rgb
 
 FITS = [Preprocessing("crop", 224, 256), Preprocessing("crop", 96), Preprocessing("squash", 128)]
 SHAPES = [(300, 200), (200, 300), (97, 64), (64, 97), (641, 480), (224, 224), (50, 1000)]
@@ -250,7 +250,7 @@ def test_an_image_of_no_size_shows_nothing():
     [('강아지 "1" 👩.jpg', '강아지 "1" 👩.jpg'), ("two\nlines", "two\\nlines"), (os.fsdecode(b"\xe9"), "\\udce9")],
 )
 def test_a_path_is_printable(name, shown):
-    assert printable(name) == printable(Path(name)) == shown
+    assert in_one_line(name) == in_one_line(Path(name)) == shown
     shown.encode()
 
 

@@ -23,7 +23,6 @@ LEVELS = {
         "cache_folder",
         "output_files",
         "precision",
-        "image_stream",
     ],
     1: [
         "study",
@@ -41,7 +40,7 @@ LEVELS = {
     ],
     2: ["model", "objectives", "datamodule", "evaluation", "caption_files"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
-    4: ["task"],
+    4: ["task", "annotator"],
     5: ["model_card", "caption_command"],
     6: ["training", "study_table"],
     7: ["demo", "study_runs"],
