@@ -286,8 +286,9 @@ def beam_search(
         if ended.any():
             scores = ranks / batch.tokens.size(2) ** length_penalty
             finished.add(scores.where(ended & scores.isfinite(), -torch.inf), totals, batch.tokens)
-        ranks = ranks.masked_fill(ended | ranks.isnan(), -torch.inf)
-        # An open hypothesis only loses by its words, so this is the best score that it can still reach.
+        ranks = ranks.masked_fill(ended, -torch.inf)
+        # An open hypothesis only loses by its words, so this is the best score that it can still reach. One that is not
+        # a number reaches none.
         reach = ranks.view(len(ranks), groups, -1).amax(2) / longest**length_penalty
         parts = _part((reach > finished.scores[..., -1]).any(1))
         if parts is None:

@@ -389,7 +389,6 @@ FILTERS = {
     "hot": {"temperature": 2.0},
     "top 2": {"top_k": 2},
     "nucleus": {"top_p": 0.7},
-    "nucleus of the top 2": {"top_k": 2, "top_p": 0.6},
     "all three": {"temperature": 1.5, "top_k": 2, "top_p": 0.8},
     "limited": {"top_k": 2, "min_words": 1, "no_repeat_ngram": 1, "prefix": (B,)},
 }
@@ -438,6 +437,15 @@ def test_captions_are_drawn_as_often_as_their_filtered_probability_says(settings
     assert chi_squared < freedom + 3.5 * math.sqrt(2 * freedom) + 3
     for hypothesis in drawn[:50]:
         assert hypothesis.log_probability == pytest.approx(log_probability_of(hypothesis.tokens, 0), abs=1e-12)
+
+
+def test_a_nucleus_is_one_of_what_top_k_leaves():
+    matrix = torch.tensor([0.0, 0.15, 0.3, 0.55]).expand(4, -1)
+    for top_p, said in ((0.6, {B}), (0.7, {A, B})):  # B has 0.647 of the two
+        (drawn,) = by_matrix(matrix, draw, samples=100, min_words=1, max_words=1, top_k=2, top_p=top_p)
+        assert {hypothesis.tokens[0] for hypothesis in drawn} == said
+    (drawn,) = by_matrix(matrix, draw, samples=100, max_words=1, top_p=0.5)  # no more than it takes
+    assert {hypothesis.tokens[0] for hypothesis in drawn} == {B}
 
 
 def test_a_nucleus_wider_than_what_is_asked_first_is_found():
