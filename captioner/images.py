@@ -93,7 +93,7 @@ def open_image(path: str | Path) -> Iterator[Picture]:
         # Opening a pipe waits until somebody writes to it.
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise InputError(f"{name} cannot be opened (a pipe, socket or device): give the path of an image file.")
-        if status.st_size == 0:
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0:
             raise InputError(f"{name} is empty: replace the file or leave it out.")
         with open(path, "rb") as file:
             # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that
@@ -135,19 +135,18 @@ class Picture:
     Parameters
     ----------
     image
-        Of any mode. That of a file is decoded when `load` is called or rows are asked for.
-
-    Attributes
-    ----------
-    memory : int
-        Bytes that decoding it takes.
+        Of any mode. That of a file is decoded, and turned as its camera was held, when `load` is called.
     """
 
     def __init__(self, image: Image.Image) -> None:
-        self.memory = _decoding_memory(image)
         self._image = image
         self._turn: Image.Transpose | None = None
         self._range: tuple[float, float] | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that decoding the file takes, by its header."""
+        return _decoding_memory(self._image)
 
     def load(self) -> None:
         """Decode the pixels of a file, and see which side is up."""
