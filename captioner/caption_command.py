@@ -115,7 +115,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--workers",
         type=int,
-        default=max(1, min(4, (os.cpu_count() or 1) - 1)),
+        default=min(4, os.cpu_count() or 1),
         metavar="N",
         help="processes that read images (default here %(default)s); 0 reads in this one",
     )

@@ -154,7 +154,7 @@ def test_files_to_captions(benchmark, looking, photographs, tmp_path, words, bea
     model.encoder = looking.model.encoder  # which is compiled already
     annotator = Annotator(model, str(looking.annotator.precision).removeprefix("torch."))
     annotator([torch.zeros(BATCH, 3, 224, 224, dtype=torch.uint8)])  # from now on smaller batches take the plain way
-    workers = max(1, min(4, (os.cpu_count() or 1) - 1))
+    workers = min(4, os.cpu_count() or 1)
 
     def work():
         with open(tmp_path / "captions.jsonl", "w") as file:
