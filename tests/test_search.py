@@ -442,7 +442,7 @@ def test_captions_are_drawn_as_often_as_their_filtered_probability_says(settings
 def test_a_nucleus_is_one_of_what_top_k_leaves():
     matrix = torch.tensor([0.0, 0.15, 0.3, 0.55]).expand(4, -1)
     for top_p, said in ((0.6, {B}), (0.7, {A, B})):  # B has 0.647 of the two
-        (drawn,) = by_matrix(matrix, draw, samples=100, min_words=1, max_words=1, top_k=2, top_p=top_p)
+        (drawn,) = by_matrix(matrix, draw, samples=100, max_words=1, top_k=2, top_p=top_p)
         assert {hypothesis.tokens[0] for hypothesis in drawn} == said
     (drawn,) = by_matrix(matrix, draw, samples=100, max_words=1, top_p=0.5)  # no more than it takes
     assert {hypothesis.tokens[0] for hypothesis in drawn} == {B}
