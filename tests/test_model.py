@@ -369,7 +369,7 @@ def find_apart(model, annotations, images, decoding):
         log_probabilities, following = model.step(words, memory[1:], state[1:])
         due = memory[0].repeat_interleave(len(words) // len(memory[0])) * 3 % 7 + 1
         batches.append(len(memory[0]))
-        log_probabilities[:, END] += torch.where(state[0] < due, -50, 50)
+        log_probabilities[:, END] += torch.where(state[0] < due, -500, 500)
         return log_probabilities, (state[0] + 1, *following)
 
     batches, start = [], (torch.zeros_like(images), *model.decoder.start(memory, 1))
