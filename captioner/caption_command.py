@@ -10,18 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from captioner.caption_files import (
-    FORMATS,
-    CaptionFile,
-    Outcome,
-    Sidecars,
-    counted,
-    format_of,
-)
+from captioner.caption_files import FORMATS, CaptionFile, Outcome, Sidecars, counted, format_of, settings_of
 from captioner.errors import InputError, in_one_line
+from captioner.images import SUFFIXES
 from captioner.output_files import check_writable
 
 if TYPE_CHECKING:
@@ -267,6 +262,9 @@ class _Work:
         if options.output is not None:
             form = FORMATS[options.format](options.output, decoding.captions)
             form.check(self.paths)
+            if options.precision is None:
+                # Which one is faster is found by timing, and a run goes on in the one that it was begun in.
+                options.precision = settings_of(options.output).get("precision") or _faster_precision(options.device)
             self.output = CaptionFile(form, self._settings())
 
     def _settings(self) -> Mapping[str, object]:
@@ -276,6 +274,7 @@ class _Work:
             "checkpoints": [_fingerprint(path) for path in options.checkpoint],
             "encoder": options.encoder,
             "precision": options.precision,
+            "compiled for": options.batch_size if options.compile else None,
             **asdict(self.decoding),
             "sidecar": self.sidecars,
             "overlay": None if options.overlay is None else str(options.overlay),
@@ -283,16 +282,15 @@ class _Work:
 
     def _check_sidecars(self, sidecars: Sidecars) -> None:
         """Keep text from images' names, and two images from one name; see before the work that all can be written."""
-        images = set(self.paths)
+        if sidecars.extension.lower() in chain.from_iterable(SUFFIXES.values()):
+            raise InputError(
+                f"--sidecar {sidecars.extension} is what images are called, and would replace some: choose another "
+                "extension, such as .txt."
+            )
         owners: dict[Path, Path] = {}
         shared = []
         for path in self.paths:
             sidecar = sidecars.path(path)
-            if sidecar in images:
-                raise InputError(
-                    f"--sidecar {sidecars.extension} would take the place of the image {sidecar}: choose an extension "
-                    "that no image has."
-                )
             if owners.setdefault(sidecar, path) != path:
                 shared.append(path)
         for folder in {sidecar.parent: sidecar for sidecar in owners}.values():
@@ -348,7 +346,9 @@ class _Work:
         from captioner.annotator import Annotator
         from captioner.image_stream import read_images
 
-        annotator = Annotator(model, self.options.precision, compiled=self.options.compile)
+        options = self.options
+        compiled_for = options.batch_size if options.compile else None
+        annotator = Annotator(model, options.precision, compiled_for=compiled_for)
         places = {path: place for place, path in enumerate(self.paths)}
         with _progress(self.printed) as progress:
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
@@ -461,6 +461,17 @@ def _fingerprint(path: Path) -> str:
         raise InputError(f"There is no checkpoint {path}: give the file whose path 'captioner fit' prints at its end.")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _faster_precision(device: str) -> str:
+    import torch
+
+    from captioner.precision import faster_precision
+
+    try:
+        return str(faster_precision(torch.device(device))).removeprefix("torch.")
+    except (RuntimeError, AssertionError):  # there is no such device, as opening the model will say
+        return "float32"
 
 
 def _printable(path: Path) -> str:

@@ -468,6 +468,16 @@ class CaptionFile:
             )
 
 
+def settings_of(file: Path) -> Mapping[str, Any]:
+    """Return the settings of the run that was stopped while it made a file; none where there was no such run."""
+    try:
+        with open(file.with_name(file.name + ".partial"), "rb") as journal:
+            settings: dict[str, Any] = json.loads(journal.readline())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return settings
+
+
 def _state(image: Path) -> list[int] | None:
     """Return what changes when another image takes a file's place."""
     try:

@@ -231,10 +231,11 @@ class _Readers:
             if _pipe(process.stdout).readinto(data) < number:
                 raise EOFError
         except (EOFError, BrokenPipeError):
-            if time.monotonic() - start >= SECONDS:
+            seconds = time.monotonic() - start
+            code = process.wait()  # or it is taken for one that can be asked for the next image
+            if seconds >= SECONDS:
                 reason = f"takes more than {SECONDS:g} seconds to read: make it smaller"
             else:
-                code = process.wait()
                 end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 reason = f"cannot be read, its decoder crashed ({end}): replace the file"
             return InputError(f"{in_one_line(path)} {reason} or leave it out.")

@@ -462,7 +462,8 @@ def _filter(log_probabilities: Tensor, temperature: float, top_k: int, top_p: fl
     kept : Tensor or None
         (..., M) the ids of these words; None: they are those of the vocabulary, M = V.
     """
-    shares = (log_probabilities / temperature).softmax(-1)
+    # From the largest on, which stays what it is at the lowest temperature.
+    shares = ((log_probabilities - log_probabilities.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if not top_k and top_p >= 1:
         return shares, None
     everything, count = shares, top_k or NUCLEUS

@@ -9,6 +9,7 @@ from test_model import captioner
 from captioner.annotator import Annotator
 from captioner.encoders import SmallCNN
 from captioner.ensemble import Ensemble
+from captioner.errors import InputError
 
 NAME = "LSTM-Additive-before-fed-gate-deep-mean"
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-6}  # of a vector, relative to its length
@@ -66,15 +67,35 @@ def test_the_decoder_stays_in_its_own_precision():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a compiler")
 @pytest.mark.parametrize("precision", ROUNDING)
-def test_a_compiled_encoder_serves_full_batches_and_leaves_smaller_ones_to_the_plain_way(precision):
+def test_compiled_members_see_what_each_saw_before_in_batches_of_any_size(precision):
     torch.compiler.reset()
-    model = a_model()
-    plain = {images: model.annotate_pixels(some_pixels(images, model)) for images in (4, 3)}
-    annotator = Annotator(model, precision, compiled=True)
+    ensemble = Ensemble([a_model(), a_model()])
+    with torch.no_grad():
+        for parameter in ensemble.captioners[1].encoder.parameters():
+            parameter.mul_(1.2)
+    ensemble = Ensemble(ensemble.captioners)  # they are two now
+    plain = {images: ensemble.annotate_pixels(some_pixels(images, ensemble)) for images in (3, 4)}
+    assert distance(*plain[4]) > 0.1
+    annotator = Annotator(ensemble, precision, compiled_for=4)
     torch._dynamo.utils.counters.clear()
-    for images in (4, 4, 3, 4):
-        fast = annotator(some_pixels(images, model))
-        assert distance(fast, plain[images]) <= max(ROUNDING[precision], 1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    uncompiled = Annotator(a_model(), precision)
-    assert distance(annotator(some_pixels(3, model)), uncompiled(some_pixels(3, model))) == 0
+    for images in (3, 4, 3, 4):
+        for fast, one in zip(annotator(some_pixels(images, ensemble)), plain[images], strict=True):
+            assert len(fast.values) == images
+            assert distance(fast, one) <= max(ROUNDING[precision], 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the weights are constants of each
+    assert not torch._inductor.config.freezing
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_says_so(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    model = a_model()
+    with pytest.raises(InputError, match="cannot be compiled here"):
+        Annotator(model, "float32", compiled_for=2)(some_pixels(2, model))
+
+
+def test_a_device_without_the_precision_is_one_sentence():
+    with pytest.raises(InputError, match="has no bfloat16"):
+        Annotator(a_model().to("meta"), "bfloat16")

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from captioner import caption_command
 from captioner.annotation_files import ImageFolder
 from captioner.caption_command import DECODING, HELP, add_options, picture_names, understand
 from captioner.cli import _parser, main
@@ -137,7 +138,8 @@ def test_a_folder_is_no_checkpoint(tmp_path):
         (["--output", "out", "--format", "xml"], "--format"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--workers", "-1"], "--workers is -1"),
-        (["--sidecar", ".png"], "would take the place of the image"),
+        (["--sidecar", ".png"], "is what images are called"),
+        (["--sidecar", ".JPG", "--overwrite"], "is what images are called"),
         (["--output", "{folder}/sub.json", "--captions", "2"], "one caption of each image, and not 2"),
         (["--output", "{folder}/../elsewhere/metadata.jsonl"], "outside its own folder"),
     ],
@@ -309,6 +311,21 @@ def test_interrupted_it_goes_on_to_the_same_file(name, batches, folder, caption,
     assert code == 1 and out.read_bytes() == whole.read_bytes()
     assert (f"{2 * batches} of 10 images are done already." in said) == (batches > 0)
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".lock", ".tmp")]
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(folder, caption, tmp_path, monkeypatch):
+    faster = iter(["bfloat16", "float32"])
+    monkeypatch.setattr(caption_command, "_faster_precision", lambda device: next(faster))
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    caption(folder, "--output", whole, "--batch-size", 2, "--precision", "bfloat16")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        caption(folder, "--output", out, "--batch-size", 2)
+    assert caption(folder, "--output", out, "--batch-size", 2)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert next(faster) == "float32"  # nobody asked again
+    caption(folder, "--output", out, "--batch-size", 2, "--overwrite", "--precision", "float32")
+    assert out.read_bytes() != whole.read_bytes()
 
 
 def test_interrupted_sidecars_go_on(folder, caption, captions, monkeypatch):

@@ -63,7 +63,9 @@ def looking(request):
     """The model whose encoder is looked through, plain and compiled."""
     model = captioner(SIZES[0])
     return SimpleNamespace(
-        model=model, annotator=Annotator(model, compiled=request.param), name=["plain", "compiled"][request.param]
+        model=model,
+        annotator=Annotator(model, compiled_for=BATCH if request.param else None),
+        name=["plain", "compiled"][request.param],
     )
 
 
