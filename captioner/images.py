@@ -40,7 +40,7 @@ SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm"),
 }
 FORMATS = ", ".join(SUFFIXES)
-MEMORY = 390_000_000  # bytes for decoding one image: enough for each within pillow's limit of pixels, but see below
+MEMORY = 330_000_000  # bytes for decoding one image: 82 million pixels of most kinds; with the rest 400 MB at most
 LONGEST = 65_535  # pixels of a side, a JPEG's longest; of a longer one, a square's first resampling fills the memory
 WHOLE = 2**21  # pixels: an image that has no more is converted at once
 STRIP = 2**18  # pixels of a larger one that are converted at a time
