@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captioner.annotation_files import COCOCaptions, Flickr8k
+    from captioner.annotation_files import COCOCaptions, Flickr8k, ImageFolder
     from captioner.datamodule import CaptionData
     from captioner.decoding import Decoding
     from captioner.ensemble import Ensemble
@@ -30,6 +30,7 @@ __all__ = [
     "Decoding",
     "Ensemble",
     "Flickr8k",
+    "ImageFolder",
     "InputError",
     "Preprocessing",
     "draw_overlay",
@@ -45,6 +46,7 @@ _MODULES = {
     "Decoding": "decoding",
     "Ensemble": "ensemble",
     "Flickr8k": "annotation_files",
+    "ImageFolder": "annotation_files",
     "InputError": "errors",
     "Preprocessing": "images",
     "draw_overlay": "overlay",

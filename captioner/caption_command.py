@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -34,7 +35,7 @@ a path in each line, or - for such a list on standard input. Three examples:
   captioner caption photo.jpg --checkpoint best.ckpt
       prints the path and the caption
   captioner caption holiday/ --checkpoint best.ckpt --output captions.jsonl
-      writes a file; stopped at any moment, the same command goes on from there
+      writes a file; the same command goes on where it was stopped, or with images added since
   captioner caption holiday/ --checkpoint best.ckpt --sidecar
       writes photo.txt beside photo.png; images that have theirs are skipped
 
@@ -48,7 +49,7 @@ a path in each line, or - for such a list on standard input. Three examples:
   --beam-size K          hypotheses (default 5); 1 is greedy and faster
   --max-words N          the longest caption (default 20)
   --begin-with TEXT      how every caption begins, such as "a photo of"
-  --ban WORD ...         words that no caption may say
+  --ban WORD,...         words that no caption may say
   --sample               draw captions instead of searching the likeliest
   --device DEVICE        cpu (default), cuda, ...
 
@@ -57,33 +58,40 @@ All options: captioner caption --help all
 """
 
 
-class Flag(NamedTuple):
-    """An option of the command line that is a field of `captioner.model.Decoding`, whose default it leaves alone."""
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
-    name: str
+
+class Flag(NamedTuple):
+    """An option of the command line: a field of `captioner.decoding.Decoding`, whose default it leaves alone."""
+
     field: str
     help: str
-    type: type = int
+    type: Callable[[str], Any] = int
     metavar: str | None = "N"
-    several: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return it as it is given."""
+        return f"--{self.field.replace('_', '-')}"
 
 
 DECODING = (
-    Flag("--beam-size", "beam_size", "hypotheses (default 5); 1 is greedy", metavar="K"),
-    Flag("--length-penalty", "length_penalty", "0 favours short captions, 1 long ones (default 0.7)", float, "X"),
-    Flag("--min-words", "min_words", "the shortest caption (default 0)"),
-    Flag("--max-words", "max_words", "the longest caption (default 20)"),
-    Flag("--no-repeat-ngram", "no_repeat_ngram", "say no N words in a row twice (default 0: allowed)"),
-    Flag("--ban", "banned", "words that no caption may say", str, "WORD", several=True),
-    Flag("--begin-with", "prefix", 'how every caption begins, such as "a photo of"', str, "TEXT"),
-    Flag("--captions", "captions", "captions for each image, the best first (default 1)"),
-    Flag("--groups", "groups", "split the beam into groups that avoid each other's words (default 1)"),
-    Flag("--diversity", "diversity", "how strongly they avoid them (default 0.5)", float, "X"),
-    Flag("--sample", "sample", "draw captions instead of searching the likeliest", bool, None),
-    Flag("--temperature", "temperature", "of the draws; below 1 is more careful (default 1.0)", float, "X"),
-    Flag("--top-k", "top_k", "draw among the K likeliest words (default 0: all)", metavar="K"),
-    Flag("--top-p", "top_p", "draw among the likeliest words that reach probability P (default 1.0)", float, "P"),
-    Flag("--seed", "seed", "of the draws (default 0)"),
+    Flag("beam_size", "hypotheses (default 5); 1 is greedy", metavar="K"),
+    Flag("length_penalty", "0 favours short captions, 1 long ones (default 0.7)", float, "X"),
+    Flag("min_words", "the shortest caption (default 0)"),
+    Flag("max_words", "the longest caption (default 20)"),
+    Flag("no_repeat_ngram", "say no N words in a row twice (default 0: allowed)"),
+    Flag("ban", "words that no caption may say; may be given more than once", _words, "WORD,..."),
+    Flag("begin_with", 'how every caption begins, such as "a photo of"', str, "TEXT"),
+    Flag("captions", "captions for each image, the best first (default 1)"),
+    Flag("groups", "split the beam into groups that avoid each other's words (default 1)"),
+    Flag("diversity", "how strongly they avoid them (default 0.5)", float, "X"),
+    Flag("sample", "draw captions instead of searching the likeliest", bool, None),
+    Flag("temperature", "of the draws; below 1 is more careful (default 1.0)", float, "X"),
+    Flag("top_k", "draw among the K likeliest words (default 0: all)", metavar="K"),
+    Flag("top_p", "draw among the likeliest words that reach probability P (default 1.0)", float, "P"),
+    Flag("seed", "of the draws, which follow from it and the image's file name (default 0)"),
 )
 
 
@@ -144,8 +152,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}
         if flag.type is bool:
             kind = {"action": "store_true"}
-        elif flag.several:
-            kind |= {"nargs": "+", "action": "extend"}
+        elif flag.type is _words:
+            kind["action"] = "extend"
         decoding.add_argument(flag.name, dest=flag.field, default=argparse.SUPPRESS, help=flag.help, **kind)
 
 
@@ -161,7 +169,10 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
     InputError
         Where they do not fit together.
     """
-    options = parser.parse_intermixed_args(list(args))
+    # What stands after -- is a path, though it begin with a dash; parse_intermixed_args takes it for options.
+    before, after = (list(args), []) if "--" not in args else (args[: args.index("--")], args[args.index("--") + 1 :])
+    options = parser.parse_intermixed_args(list(before))
+    options.paths += after
     members = []
     for first, *others in options.checkpoint:
         members.append(first)
@@ -215,12 +226,11 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
     from captioner.decoding import Decoding
     from captioner.images import find_images
 
-    given: dict[str, Any] = {
-        flag.field: tuple(value) if flag.several else value
-        for flag in DECODING
-        if (value := getattr(options, flag.field, None)) is not None
-    }
-    decoding = Decoding(**given)
+    given = {flag.field: value for flag in DECODING if (value := getattr(options, flag.field, None)) is not None}
+    try:
+        decoding = Decoding(**given)
+    except InputError as error:
+        raise InputError(_in_flags(str(error))) from error
     work = _Work(options, find_images(options.paths), decoding)
     with ExitStack() as held:
         todo = work.begin(held)
@@ -231,6 +241,12 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
         except KeyboardInterrupt:
             say(work.interrupted())
             return 130
+
+
+def _in_flags(sentence: str) -> str:
+    """Call what are fields in Python what they are on the command line."""
+    names = [flag.field for flag in DECODING if "_" in flag.field or flag.field in ("ban", "sample")]
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: f"--{found[0].replace('_', '-')}", sentence)
 
 
 def say(sentence: str, progress: Progress | None = None) -> None:
@@ -251,34 +267,50 @@ class _Work:
         self.output: CaptionFile | None = None
         self.sidecars: Sidecars | None = None
         self.pictures: dict[Path, Path] = {}
+        self.listed: set[Path] = set()  # images that are still to go into the file
         self.done = self.failed = 0
-        self.lacking = 0  # images of a complete file
+        if options.overlay is not None:
+            self._leave_out_pictures(options.overlay)
         if options.sidecar is not None:
             self.sidecars = Sidecars(options.sidecar, options.before or "", options.after or "")
             self._check_sidecars(self.sidecars)
         if options.overlay is not None:
             make_folder(options.overlay)
             self.pictures = {path: options.overlay / name for path, name in picture_names(self.paths).items()}
+        if options.precision is None:
+            # Which one is faster is found by timing, and a run goes on in the one that it was begun in.
+            begun = {} if options.output is None else settings_of(options.output)
+            options.precision = begun.get("precision") or _faster_precision(options.device)
         if options.output is not None:
             form = FORMATS[options.format](options.output, decoding.captions)
             form.check(self.paths)
-            if options.precision is None:
-                # Which one is faster is found by timing, and a run goes on in the one that it was begun in.
-                options.precision = settings_of(options.output).get("precision") or _faster_precision(options.device)
-            self.output = CaptionFile(form, self._settings())
+            beside = {
+                "sidecar": self.sidecars,
+                "overlay": None if options.overlay is None else str(options.overlay),
+            }
+            self.output = CaptionFile(form, self._settings(), beside)
 
     def _settings(self) -> Mapping[str, object]:
-        """Return all that decides captions, and the files that are written before an image counts as done."""
+        """Return all that decides captions, and how they are written."""
         options = self.options
         return {
+            "format": options.format,
             "checkpoints": [_fingerprint(path) for path in options.checkpoint],
             "encoder": options.encoder,
             "precision": options.precision,
-            "compiled for": options.batch_size if options.compile else None,
+            "compile": options.compile and f"for batches of {options.batch_size}",
             **asdict(self.decoding),
-            "sidecar": self.sidecars,
-            "overlay": None if options.overlay is None else str(options.overlay),
         }
+
+    def _leave_out_pictures(self, folder: Path) -> None:
+        """Keep the overlays of an earlier run, in a folder that is captioned, from getting captions themselves."""
+        inside = os.path.join(os.path.realpath(folder), "")
+        paths = [path for path in self.paths if not os.path.realpath(path).startswith(inside)]
+        if not paths:
+            raise InputError(f"--overlay {folder} is where the images are: give a folder that is for overlays alone.")
+        if left := len(self.paths) - len(paths):
+            say(f"{counted(left)} in {folder}, where overlays go, {'are' if left > 1 else 'is'} left out.")
+        self.paths = paths
 
     def _check_sidecars(self, sidecars: Sidecars) -> None:
         """Keep text from images' names, and two images from one name; see before the work that all can be written."""
@@ -305,28 +337,21 @@ class _Work:
 
     def begin(self, held: ExitStack) -> list[Path]:
         """Return the images to caption. The file is kept from other processes until `held` is closed."""
-        found: list[Path] | None = None
         if self.output is not None:
             held.enter_context(self.output.held())
-            found = self.output.begin(self.paths, self.options.overwrite)
-            if found is None:
-                self.lacking = self.output.failed
-                but = f", but {self.lacking:,} that could not be read" if self.lacking else ""
-                say(
-                    f"{self.output.file} is complete with {counted(len(self.paths))}{but}; --overwrite captions them "
-                    "anew."
-                )
-                self.output = None
-        if self.output is not None:
-            todo = found or []
+            todo = self.output.begin(self.paths, self.options.overwrite)
+            self.listed = set(todo)
+            if not self.options.overwrite:
+                # Of a complete file, whose captions are found again for what is now wanted beside it.
+                todo += [path for path in self.paths if path not in self.listed and self._lacks_files(path)]
         elif self.printed:
             todo = self.paths
         else:
             todo = [path for path in self.paths if self._lacks_files(path)]
         self.done = len(self.paths) - len(todo)
         if self.done and (self.output is not None or self.sidecars is not None):
-            anew = "." if self.output is not None else "; --overwrite captions them anew."
-            say(f"{self.done:,} of {counted(len(self.paths))} are done already{anew}")
+            anew = "" if self.options.overwrite else "; --overwrite captions them anew"
+            say(f"{self.done:,} of {counted(len(self.paths))} are done already{anew}.")
         return todo
 
     def _lacks_files(self, path: Path) -> bool:
@@ -349,7 +374,6 @@ class _Work:
         options = self.options
         compiled_for = options.batch_size if options.compile else None
         annotator = Annotator(model, options.precision, compiled_for=compiled_for)
-        places = {path: place for place, path in enumerate(self.paths)}
         with _progress(self.printed) as progress:
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
             for batch in read_images(todo, model.preprocessings, self.options.workers, self.options.batch_size):
@@ -365,8 +389,8 @@ class _Work:
                     annotations = annotator(
                         [torch.stack(pixels) for pixels in zip(*(pixels for _, pixels in readable), strict=True)]
                     )
-                    # An image's place among all decides what is drawn for it, whichever batch it comes in.
-                    numbers = [places[path] for path, _ in readable]
+                    # What is drawn for an image follows from its name, whatever else is captioned with it.
+                    numbers = [zlib.crc32(os.fsencode(path.name)) for path, _ in readable]
                     found = model.caption_annotations(annotations, self.decoding, numbers=numbers)
                     for (path, _), captions in zip(readable, found, strict=True):
                         outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
@@ -374,8 +398,10 @@ class _Work:
                     if outcome.fault:
                         self.failed += 1
                         say(outcome.fault, progress)
-                if self.output is not None:
-                    self.output.add(list(outcomes.values()))
+                if self.output is not None and (
+                    listed := [outcome for path, outcome in outcomes.items() if path in self.listed]
+                ):
+                    self.output.add(listed)
                 self.done += len(outcomes)
                 progress.advance(bar, len(outcomes))
 
@@ -406,13 +432,15 @@ class _Work:
         if self.failed:
             where = "" if self.output is None else f"; {self.output.failures} lists them"
             say(f"{self.failed:,} of {len(self.paths):,} images could not be read{where}.")
-        return 1 if self.failed or self.lacking else 0
+        return 1 if self.failed else 0
 
     def interrupted(self) -> str:
         """Return what the user is told."""
         if self.printed:
             return "interrupted."
-        return f"interrupted after {self.done:,} of {counted(len(self.paths))}: the same command goes on from there."
+        anew = self.output is None and self.options.overwrite
+        then = "with --overwrite the same command begins anew" if anew else "the same command goes on from there"
+        return f"interrupted after {self.done:,} of {counted(len(self.paths))}: {then}."
 
 
 def picture_names(paths: Sequence[Path]) -> dict[Path, str]:

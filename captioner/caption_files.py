@@ -10,15 +10,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
-from captioner.annotation_files import read_text
 from captioner.errors import InputError, in_one_line
 from captioner.output_files import check_writable, write, write_parts
-from captioner.results import read_results
 
 JOURNAL = 1  # the version of its form
 COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")  # as in COCO_val2014_000000000042.jpg, since 2017 alone
@@ -79,16 +78,6 @@ class Format(ABC):
     def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
         """Return the file's text, part by part, of images that have captions."""
 
-    def names(self) -> set[str | int]:
-        """Return what the existing file calls the images that it holds.
-
-        Raises
-        ------
-        InputError
-            Where it is no such file.
-        """
-        return {result.image for result in read_results(self.file)} if self.file.stat().st_size else set()
-
     def check(self, images: Sequence[Path]) -> None:
         """See before the work that the format can hold what is to come.
 
@@ -142,10 +131,6 @@ class CSV(Format):
             values = [value for caption in captions for value in caption]
             yield _row([self.name(image), *values, *[""] * (2 * self.captions - len(values))])
 
-    def names(self) -> set[str | int]:
-        """Return the paths, see `Format.names`."""
-        return {str(name) for name in super().names()}
-
 
 class COCOResults(Format):
     """COCO's results: a JSON list of "image_id" and "caption", one for each image.
@@ -165,10 +150,6 @@ class COCOResults(Format):
             yield before + json.dumps({"image_id": self.name(image), "caption": captions[0][0]}, ensure_ascii=False)
             before = ",\n"
         yield "[]\n" if before == "[\n" else "\n]\n"
-
-    def names(self) -> set[str | int]:
-        """Return the ids, see `Format.names`."""
-        return set() if read_text(self.file).split() == ["[]"] else super().names()
 
     def check(self, images: Sequence[Path]) -> None:
         """See that it can hold what is to come, see `Format.check`."""
@@ -204,13 +185,6 @@ class Metadata(Format):
             record = {"file_name": self.name(image), "text": texts if self.captions > 1 else texts[0]}
             yield json.dumps(record, ensure_ascii=False) + "\n"
 
-    def names(self) -> set[str | int]:
-        """Return the paths, see `Format.names`."""
-        try:
-            return {json.loads(line)["file_name"] for line in read_text(self.file).split("\n") if line}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self.file} is no metadata.jsonl.") from None
-
 
 FORMATS: dict[str, type[Format]] = {"jsonl": JSONLines, "csv": CSV, "coco": COCOResults, "metadata": Metadata}
 SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
@@ -244,11 +218,12 @@ def _row(values: Sequence[object]) -> str:
 
 
 class CaptionFile:
-    """A file of captions that is written whole, and the journal beside it that a run which was stopped goes on from.
+    """A file of captions that is written whole, and the journal beside it that a run goes on from.
 
-    The journal ``FILE.partial`` has a line with the run's settings and one for each image that is done. Lines are added
+    The journal ``FILE.journal`` has a line with the run's settings and one for each image that is done. Lines are added
     batch by batch and are on the disk before the next batch begins. Each counts how many of its batch follow it, so
-    that a batch whose writing was cut off is known and dropped. In the end the file is made of it and takes its place.
+    that a batch whose writing was cut off is known and dropped. In the end the file is made of it and takes its place,
+    and a last line says so. The journal stays: from it the file grows when there are more images, or mended ones.
     While a process writes, it holds ``FILE.lock``, which the system takes from a process that is killed.
 
     Parameters
@@ -256,23 +231,30 @@ class CaptionFile:
     form : Format
         Names the file and its format.
     settings : mapping
-        All that decides the captions, as plain JSON: a run goes on with these alone.
+        All that decides the captions, as plain JSON: the file holds captions of these alone.
+    beside : mapping
+        What is written of each image beside the file, before it counts as done: a run that was stopped goes on with
+        the same, a file that is complete may grow with another.
 
     Attributes
     ----------
     failed : int
-        Of how many images a complete file says nothing, since they could not be read; `failures` lists them.
+        How many images could not be read, once the file is finished; `failures` lists them.
     """
 
-    def __init__(self, form: Format, settings: Mapping[str, object]) -> None:
+    def __init__(
+        self, form: Format, settings: Mapping[str, object], beside: Mapping[str, object] | None = None
+    ) -> None:
         self.form = form
         self.file = form.file
-        self.journal = self.file.with_name(self.file.name + ".partial")
+        self.journal = _journal(self.file)
         self.failures = self.file.with_name(self.file.name + ".failures.txt")
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.failed = 0  # images that could not be read, of a file that is complete
+        self._beside: dict[str, Any] = json.loads(json.dumps(beside or {}))
+        self.failed = 0
         self._places: dict[str, int] = {}  # in the journal, of each image's last line
         self._end = 0  # of its last whole batch
+        self._finished: list[int] | None = None  # what the file was when it was made of the journal
 
     @contextmanager
     def held(self) -> Iterator[Self]:
@@ -301,8 +283,8 @@ class CaptionFile:
                 path.unlink()
             lock.release()
 
-    def begin(self, images: Sequence[Path], overwrite: bool = False) -> list[Path] | None:
-        """Return the images that are still to be captioned, or None where a complete file stays as it is.
+    def begin(self, images: Sequence[Path], overwrite: bool = False) -> list[Path]:
+        """Return the images that are still to be captioned.
 
         An image is done when it has captions in the journal and was not changed since. New images come first, and then
         those that failed in an earlier run, which may have been mended.
@@ -317,24 +299,35 @@ class CaptionFile:
         Raises
         ------
         InputError
-            Where these are there and do not give way.
+            Where these are there and do not give way, or the file would lose captions.
         """
         found = self._read_journal()
-        if not self._places and self.file.exists() and not overwrite:
-            self._check_complete(images)
-            self.journal.unlink(missing_ok=True)
-            return None
-        if self._places and found != self._settings:
-            if not overwrite:
-                raise InputError(
-                    f"{self.journal} is what a run with other settings ({self._differences(found or {})}) has done: "
-                    "give those to go on, or --overwrite to begin anew."
-                )
-            self._places = {}
+        if self._finished and (overwrite or not self.file.exists()):
+            self._places, self._finished = {}, None
+        if self._places and found is not None:
+            others, beside = found
+            if different := _differences(others, self._settings) or (
+                "" if self._finished else _differences(beside, self._beside)
+            ):
+                if not overwrite:
+                    made = f"{self.file} was made" if self._finished else f"{self.journal} was begun"
+                    raise InputError(
+                        f"{made} with other settings ({different}): give those to go on, write elsewhere, or give "
+                        "--overwrite to begin anew."
+                    )
+                self._places = {}
         if not self._places:
+            if self.file.exists() and not overwrite:
+                raise InputError(
+                    f"{self.file} is there already, and nothing beside it says how it was made: write elsewhere, or "
+                    "give --overwrite to replace it."
+                )
             return list(images)
         there = {outcome.image: bool(outcome.fault) for outcome in self._outcomes(images, unchanged=True)}
-        return [image for image in images if image not in there] + [image for image, failed in there.items() if failed]
+        todo = [image for image in images if image not in there] + [image for image, failed in there.items() if failed]
+        if todo:
+            self._check_nothing_is_lost(images)
+        return todo
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Write down what became of a batch of images. When this returns, it is on the disk.
@@ -344,15 +337,69 @@ class CaptionFile:
         InputError
             If it cannot be written. What was written down before stays.
         """
-        if not self._places:
+        if not self._places or self._finished:
             # Not before: a run that comes to nothing, since a word is not known, say, leaves nothing behind.
-            header = json.dumps({"captioner journal": JOURNAL, "settings": self._settings}) + "\n"
-            write_parts(self.journal, [header], to_disk=True)
-            self._end = len(header)
-        lines = []
-        for left, (image, captions, fault) in zip(reversed(range(len(outcomes))), outcomes, strict=True):
-            record = {"image": str(image), "state": _state(image), "captions": captions, "fault": fault, "left": left}
-            lines.append(json.dumps(record).encode() + b"\n")
+            self._begin_journal()
+        lines = [
+            {"image": str(image), "state": _state(image), "captions": captions, "fault": fault, "left": left}
+            for left, (image, captions, fault) in zip(reversed(range(len(outcomes))), outcomes, strict=True)
+        ]
+        self._append(lines)
+
+    def finish(self, images: Sequence[Path]) -> None:
+        """Write the file, and beside it a list of the images that have failed, if any have.
+
+        A file that was finished before stays as it is, unless something was added since.
+
+        Parameters
+        ----------
+        images
+            As for `begin`. All are done.
+
+        Raises
+        ------
+        InputError
+            If a file cannot be written. What was done stays in the journal.
+        """
+        faults = [f"{in_one_line(image)}\t{fault}\n" for image, _, fault in self._outcomes(images) if fault]
+        self.failed = len(faults)
+        if self._finished:
+            return
+        if faults:
+            write(self.failures, "".join(faults))
+        else:
+            self.failures.unlink(missing_ok=True)
+        parts = self.form.parts(outcome for outcome in self._outcomes(images) if outcome.captions)
+        write_parts(self.file, parts, to_disk=True)
+        self._append([{"finished": _state(self.file)}])
+
+    def _begin_journal(self) -> None:
+        """Write a journal of what is done already, and of nothing if that is nothing."""
+        header = {"captioner journal": JOURNAL, "settings": self._settings, "beside": self._beside}
+        places = {}
+
+        def parts() -> Iterator[str]:
+            self._end = 0
+            for image, record in chain([("", header)], self._records()):
+                line = json.dumps(record) + "\n"
+                if image:
+                    places[image] = self._end
+                self._end += len(line)
+                yield line
+
+        write_parts(self.journal, parts(), to_disk=True)
+        self._places, self._finished = places, None
+
+    def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Return the last line of each image that is done, as one of a batch of its own."""
+        if self._places:
+            with open(self.journal, "rb") as file:
+                for image, place in self._places.items():
+                    file.seek(place)
+                    yield image, {**json.loads(file.readline()), "left": 0}
+
+    def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(record).encode() + b"\n" for record in records]
         data = memoryview(b"".join(lines))
         try:
             with open(self.journal, "r+b", buffering=0) as file:
@@ -366,36 +413,14 @@ class CaptionFile:
                 f"The file {self.journal} cannot be written ({error.strerror}): see to it, and the same command goes "
                 "on where it stopped."
             ) from error
-        for (image, _, _), line in zip(outcomes, lines, strict=True):
-            self._places[str(image)] = self._end
+        for record, line in zip(records, lines, strict=True):
+            if "image" in record:
+                self._places[record["image"]] = self._end
             self._end += len(line)
 
-    def finish(self, images: Sequence[Path]) -> None:
-        """Write the file, beside it a list of the images that have failed, if any have, and delete the journal.
-
-        Parameters
-        ----------
-        images
-            As for `begin`. All are done.
-
-        Raises
-        ------
-        InputError
-            If a file cannot be written. The journal stays.
-        """
-        faults = [f"{in_one_line(image)}\t{fault}\n" for image, _, fault in self._outcomes(images) if fault]
-        if faults:
-            write(self.failures, "".join(faults))
-        else:
-            self.failures.unlink(missing_ok=True)
-        parts = self.form.parts(outcome for outcome in self._outcomes(images) if outcome.captions)
-        write_parts(self.file, parts, to_disk=True)
-        self.journal.unlink()
-        self.failed = len(faults)
-
-    def _read_journal(self) -> dict[str, Any] | None:
+    def _read_journal(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Find the places of the images in the journal, and return its settings; None where there is no journal."""
-        self._places = {}
+        self._places, self._finished = {}, None
         try:
             with open(self.journal, "rb") as file:
                 header = file.readline()
@@ -407,6 +432,9 @@ class CaptionFile:
                     except ValueError:
                         break
                     if record is None:
+                        break
+                    if "finished" in record:
+                        self._finished = record["finished"]
                         break
                     batch[record["image"]] = place
                     place += len(line)
@@ -420,15 +448,14 @@ class CaptionFile:
             raise InputError(f"The file {self.journal} cannot be read ({error.strerror}): see to it.") from error
         try:
             found = json.loads(header)
-            settings: dict[str, Any] = found["settings"]
             if found["captioner journal"] != JOURNAL:
                 raise ValueError
+            return dict(found["settings"]), dict(found["beside"])
         except (ValueError, KeyError, TypeError):
             raise InputError(
                 f"{self.journal} stands where a run writes down what it has done, and is not of this captioner: move "
                 "it away, or write elsewhere."
             ) from None
-        return settings
 
     def _outcomes(self, images: Iterable[Path], unchanged: bool = False) -> Iterator[Outcome]:
         """Return what the journal holds of images; with `unchanged` of those alone that are what they were."""
@@ -440,38 +467,39 @@ class CaptionFile:
                     if not unchanged or record["state"] == _state(image):
                         yield Outcome(image, [(text, value) for text, value in record["captions"]], record["fault"])
 
-    def _differences(self, others: Mapping[str, Any]) -> str:
-        return ", ".join(
-            "another checkpoint" if name == "checkpoints" else f"{name} {others.get(name)!r} and not {value!r}"
-            for name, value in self._settings.items()
-            if others.get(name) != value
-        )
-
-    def _check_complete(self, images: Sequence[Path]) -> None:
-        try:
-            names = self.form.names()
-        except InputError:
+    def _check_nothing_is_lost(self, images: Sequence[Path]) -> None:
+        if self._finished and self._finished != _state(self.file):
             raise InputError(
-                f"{self.file} is there already and holds no captions in this format: write elsewhere, or give "
-                "--overwrite to replace it."
-            ) from None
-        lacking = [image for image in images if self.form.name(image) not in names]
-        try:
-            failed = {line.partition("\t")[0] for line in read_text(self.failures).split("\n")}
-        except InputError:  # there is no such list
-            failed = set()
-        self.failed = len(lacking)
-        if lacking := [image for image in lacking if in_one_line(image) not in failed]:
+                f"{self.file} was changed since it was written, which would be lost with more captions in it: write "
+                "elsewhere, or give --overwrite to replace it."
+            )
+        given = set(map(str, images))
+        if others := [image for image in self._places if image not in given and os.path.lexists(image)]:
             raise InputError(
-                f"{self.file} is there already and lacks {counted(len(lacking))} of {len(images):,}, the first is "
-                f"{lacking[0]}: give --overwrite to caption all of them anew, or write these to another file."
+                f"{self.file} would lose the captions of {counted(len(others))} not given now, such as {others[0]}: "
+                "give them, too, write elsewhere, or give --overwrite to replace it."
             )
 
 
+def _journal(file: Path) -> Path:
+    return file.with_name(file.name + ".journal")
+
+
+def _differences(others: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Name what was set otherwise, as the command's flags do."""
+    return ", ".join(
+        "another checkpoint"
+        if name == "checkpoints"
+        else f"--{name.replace('_', '-')} {others.get(name)!r} and not {value!r}"
+        for name, value in settings.items()
+        if others.get(name) != value
+    )
+
+
 def settings_of(file: Path) -> Mapping[str, Any]:
-    """Return the settings of the run that was stopped while it made a file; none where there was no such run."""
+    """Return the settings that a file was made with, or of the run that was stopped; none if they are not known."""
     try:
-        with open(file.with_name(file.name + ".partial"), "rb") as journal:
+        with open(_journal(file), "rb") as journal:
             settings: dict[str, Any] = json.loads(journal.readline())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}

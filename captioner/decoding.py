@@ -12,8 +12,8 @@ from captioner.tokens import tokenize
 class Decoding:
     """How captions are found: by a beam, by diverse beams, or at random.
 
-    The limits (`min_words` to `prefix`) hold for all three. They and what is drawn from change no log-probability of a
-    caption, which is the model's own.
+    The limits (`min_words` to `begin_with`) hold for all three. They and what is drawn from change no log-probability
+    of a caption, which is the model's own.
 
     Attributes
     ----------
@@ -25,10 +25,10 @@ class Decoding:
         Shortest and longest caption.
     no_repeat_ngram : int
         No sequence of so many words occurs twice in a caption; 0: whatever occurs.
-    banned : tuple of str
+    ban : tuple of str
         Words that are never said, beside those that are none, as ``<unk>``. One that the model does not know bans
         nothing: it would not be said in any case, so one list serves many models.
-    prefix : str
+    begin_with : str
         What every caption begins with. Its words count as others do, in lengths and log-probabilities.
     captions : int
         How many of each image: the best of the beam, of all groups, or so many drawn at random, of which some may be
@@ -59,8 +59,8 @@ class Decoding:
     min_words: int = 0
     max_words: int = 20
     no_repeat_ngram: int = 0
-    banned: tuple[str, ...] = ()
-    prefix: str = ""
+    ban: tuple[str, ...] = ()
+    begin_with: str = ""
     captions: int = 1
     groups: int = 1
     diversity: float = 0.5
@@ -71,9 +71,9 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.banned, str):
-            raise InputError(f"banned is a list of words and not the text {self.banned!r}: give [{self.banned!r}].")
-        object.__setattr__(self, "banned", tuple(self.banned))
+        if isinstance(self.ban, str):
+            raise InputError(f"ban is a list of words and not the text {self.ban!r}: give [{self.ban!r}].")
+        object.__setattr__(self, "ban", tuple(self.ban))
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:  # nor if it is not a number
                 raise InputError(f"{name} is {getattr(self, name)}: give {least} or more.")
@@ -86,15 +86,18 @@ class Decoding:
             raise InputError(f"top_p is {self.top_p}: give a share above 0, and 1 to draw from all words.")
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}: give a number above 0, and 1 to change nothing.")
-        if self.sample:
-            if self.groups > 1:
-                raise InputError(
-                    "Captions are drawn (sample) or searched by groups of a beam: leave out one of the two."
-                )
-        else:
-            for name, idle in (("temperature", 1), ("top_k", 0), ("top_p", 1)):
-                if getattr(self, name) != idle:
-                    raise InputError(f"{name} is of captions drawn at random: set sample, too, or leave it out.")
+        # The seed and the size of the beam may be given always.
+        for name, needs, given in (
+            ("temperature", "sample", self.sample),
+            ("top_k", "sample", self.sample),
+            ("top_p", "sample", self.sample),
+            ("diversity", "groups", self.groups > 1),
+        ):
+            if not given and getattr(self, name) != getattr(Decoding, name):
+                raise InputError(f"{name} has no effect without {needs}: set {needs}, too, or leave it out.")
+        if self.sample and self.groups > 1:
+            raise InputError("Captions are drawn (sample) or searched by groups of a beam: leave out one of the two.")
+        if not self.sample:
             if self.captions > self.beam_size:
                 raise InputError(
                     f"A beam of {self.beam_size} does not hold {self.captions} captions: set beam_size to "
@@ -105,21 +108,21 @@ class Decoding:
                     f"{self.groups} groups cannot share out a beam of {self.beam_size}: set beam_size to a multiple "
                     f"of {self.groups}."
                 )
-        if len(self.prefix_words) > self.max_words:
+        if len(self.first_words) > self.max_words:
             raise InputError(
-                f"The prefix {self.prefix!r} is longer than max_words {self.max_words}: shorten the one or raise the "
-                "other."
+                f"begin_with {self.begin_with!r} is longer than max_words {self.max_words}: shorten the one or raise "
+                "the other."
             )
-        for said in self.banned:
+        for said in self.ban:
             if len(words := tokenize(said)) > 1:
                 raise InputError(f"{said!r} is {len(words)} words to the model and cannot be banned: ban single words.")
-            if words and words[0] in self.prefix_words:
-                raise InputError(f"The word {said!r} is banned and stands in the prefix: take it out of one of them.")
+            if words and words[0] in self.first_words:
+                raise InputError(f"{said!r} is in both ban and begin_with: take it out of one of them.")
 
     @property
-    def prefix_words(self) -> list[str]:
-        """The words of the prefix, as models are trained on them."""
-        return tokenize(self.prefix)
+    def first_words(self) -> list[str]:
+        """The words of `begin_with`, as models are trained on them."""
+        return tokenize(self.begin_with)
 
 
 LEAST = {

@@ -288,7 +288,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         behind links too, for names with an image's suffix, hidden ones left out; "-", standard input, and "@list.txt",
         a file, both of one path a line (or with a zero byte after each, as `find -print0` writes them), where relative
         ones start from the current directory; a pattern like "photos/*.jpg" or "photos/**/*.png", whose matches are
-        folders and names with an image's suffix, hidden ones left out.
+        folders and names with an image's suffix, hidden ones left out. Folders that hold no image are passed over.
 
     Returns
     -------
@@ -299,42 +299,43 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises
     ------
     InputError
-        If a path does not exist, a list cannot be read or names nothing that exists, a pattern matches nothing, or a
-        folder holds no image.
+        If a path does not exist, a list cannot be read or names nothing that exists, a pattern matches nothing, or one
+        of these comes to no image.
     """
     found: dict[str, Path] = {}
     real = functools.cache(os.path.realpath)
-    for path in _named(os.fspath(path) for path in paths):
-        for file in _search(path) if os.path.isdir(path) else [path]:
+    for given in (os.fspath(path) for path in paths):
+        named = list(_named(given))
+        files = [file for path in named for file in (_search(path) if os.path.isdir(path) else [path])]
+        if not files:
+            # Among several that a pattern or a list names, a folder may be empty.
+            what = f"The folder {in_one_line(given)} holds" if named == [Path(given)] else f"{in_one_line(given)} names"
+            raise InputError(f"{what} no image: it needs files ending in {', '.join(_known())}.")
+        for file in files:
             # The folder's real path is looked up once for all files in it.
             same = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(file.parent), file.name)
             found.setdefault(same, file)
     return list(found.values())
 
 
-def _named(paths: Iterable[str]) -> Iterator[Path]:
-    """Resolve lists and patterns to the files and folders that they name."""
-    for path in paths:
-        if os.path.lexists(path):
-            yield Path(path)
-        elif path == "-":
-            yield from _lines(sys.stdin.buffer.read(), "standard input")
-        elif path.startswith("@"):
-            try:
-                data = Path(path[1:]).read_bytes()
-            except OSError as error:
-                reason = f"The list {in_one_line(path[1:])} cannot be read ({error.strerror})"
-                raise InputError(f"{reason}: give @ and a text file with one path a line.") from None
-            yield from _lines(data, in_one_line(path[1:]))
-        elif glob.has_magic(path):
-            matches = _matches(path)
-            if not matches:
-                raise InputError(
-                    f"Nothing matches {in_one_line(path)}: it needs files ending in {', '.join(_known())}."
-                )
-            yield from matches
-        else:
-            raise InputError(f"There is no file or folder {in_one_line(path)}: check the path.")
+def _named(path: str) -> list[Path]:
+    """Resolve a list or a pattern to the files and folders that it names."""
+    if os.path.lexists(path):
+        return [Path(path)]
+    if path == "-":
+        return _lines(sys.stdin.buffer.read(), "standard input")
+    if path.startswith("@"):
+        try:
+            data = Path(path[1:]).read_bytes()
+        except OSError as error:
+            reason = f"The list {in_one_line(path[1:])} cannot be read ({error.strerror})"
+            raise InputError(f"{reason}: give @ and a text file with one path a line.") from None
+        return _lines(data, in_one_line(path[1:]))
+    if glob.has_magic(path):
+        if not (matches := _matches(path)):
+            raise InputError(f"Nothing matches {in_one_line(path)}: it needs files ending in {', '.join(_known())}.")
+        return matches
+    raise InputError(f"There is no file or folder {in_one_line(path)}: check the path.")
 
 
 def _lines(data: bytes, place: str) -> list[Path]:
@@ -365,10 +366,6 @@ def _search(folder: Path) -> list[Path]:
             files.append(Path(current))
         else:
             files += [Path(entry) for entry in entries if _has_suffix(entry) and not os.path.isdir(entry)]
-    if not files:
-        raise InputError(
-            f"The folder {in_one_line(folder)} holds no image: it needs files ending in {', '.join(_known())}."
-        )
     return sorted(files)
 
 

@@ -119,7 +119,7 @@ def find_captions(
     Raises
     ------
     InputError
-        Where the prefix has a word that is not in the vocabulary, or an image has no caption, since the
+        Where captions are to begin with a word that is not in the vocabulary, or an image has no caption, since the
         log-probabilities are not numbers.
     """
     limits = Limits(
@@ -165,16 +165,18 @@ def find_captions(
 
 def _banned(decoding: Decoding, vocabulary: Vocabulary) -> list[int]:
     # A word list of the user's own may hold words that would not be cut so.
-    words = [word for said in decoding.banned for word in (said, *tokenize(said))]
+    words = [word for said in decoding.ban for word in (said, *tokenize(said))]
     return [index for index in _ids(vocabulary, words) if index != UNKNOWN]
 
 
 def _prefix(decoding: Decoding, vocabulary: Vocabulary) -> list[int]:
-    words = decoding.prefix_words
+    words = decoding.first_words
     ids = _ids(vocabulary, words)
     for word, index in zip(words, ids, strict=True):
         if index == UNKNOWN:
-            raise InputError(f"The prefix says {word!r}, which the model does not know: choose another word.")
+            raise InputError(
+                f"Captions are to begin with {word!r}, which the model does not know: choose another word."
+            )
     return ids
 
 
@@ -272,7 +274,7 @@ class ImageCaptioner(ABC, Generic[Seen]):
         Raises
         ------
         InputError
-            Where the model does not know a word of the prefix, or its scores are not numbers.
+            Where captions are to begin with a word that the model does not know, or its scores are not numbers.
         """
 
     def caption(
@@ -306,14 +308,11 @@ class ImageCaptioner(ABC, Generic[Seen]):
         InputError
             Where an image cannot be read, or the options are not to be had.
         """
-        one = isinstance(images, str | Path | Image.Image)
-        if one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
-            images = [images]  # type: ignore[list-item]
-        return [captions[0] for captions in self.caption_stream(images, decoding, batch_size=batch_size, **options)]  # type: ignore[arg-type]
+        return [captions[0] for captions in self.caption_stream(images, decoding, batch_size=batch_size, **options)]
 
     def caption_stream(
         self,
-        images: Iterable[ImageSource],
+        images: Iterable[ImageSource] | ImageSource,
         decoding: Decoding | None = None,
         *,
         batch_size: int = 32,
@@ -339,7 +338,8 @@ class ImageCaptioner(ABC, Generic[Seen]):
         decoding = replace(decoding or Decoding(), **options)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: give 1 or more.")
-        return self._stream(iter(images), decoding, batch_size)
+        several: Iterable[Any] = [images] if _is_one(images) else images  # type: ignore[assignment]
+        return self._stream(iter(several), decoding, batch_size)
 
     def _stream(self, images: Iterator[ImageSource], decoding: Decoding, batch_size: int) -> Iterator[list[Caption]]:
         first = 0
@@ -350,6 +350,12 @@ class ImageCaptioner(ABC, Generic[Seen]):
             numbers = range(first, first + len(opened))
             yield from self.caption_annotations(self.annotate_pixels(pixels), decoding, numbers=numbers)
             first += len(opened)
+
+
+def _is_one(images: object) -> bool:
+    """Tell one image from several: text is a path and has letters, an array of one has no first axis for images."""
+    one = isinstance(images, str | Path | Image.Image)
+    return one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
 
 
 def _open_image(image: ImageSource, number: int) -> Image.Image:
@@ -603,15 +609,11 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         InputError
             Where the image cannot be read.
         """
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             pixels = self.preprocessing.pixels(image if isinstance(image, Image.Image) else read_image(image))
             memory = self.memory(self.annotate(pixels[None].to(self.device)))
             ids = self.vocabulary.encode(words, max_words=len(words))[:-1]  # the end is never fed
             weights = self.decoder.head_weights(self.embed(torch.tensor([ids], device=self.device)), memory)
-        finally:
-            self.train(training)
         return None if weights is None else weights[0, 0, :, :, : len(words)]  # without the look before the end
 
     def explain(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from captioner.errors import InputError
 from captioner.images import Preprocessing
 from captioner.metrics import CIDErD, Comparison, Score, bleu, interval, ptb_tokenize, resample
 from captioner.model import Captioner, rebuild
+from captioner.output_files import write
 from captioner.study import Row
 from captioner.vocabulary import BEGIN, Vocabulary
 
@@ -85,7 +85,7 @@ class Result:
         """Write it as JSON, the captions as COCO's results, in which an id stays a number or a text."""
         uniform = None if self.uniform_captions is None else _as_list(self.uniform_captions)
         lists = {"captions": _as_list(self.captions), "uniform_captions": uniform}
-        write_whole(path, json.dumps({**asdict(self), **lists}, indent=1, ensure_ascii=False) + "\n")
+        write(path, json.dumps({**asdict(self), **lists}, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -113,16 +113,6 @@ class Result:
 
 def _as_list(captions: Captions) -> list[dict[str, ImageId]]:
     return [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"The file {path} cannot be written ({error.strerror}): see to its folder.") from error
 
 
 class Estimate(NamedTuple):

@@ -25,9 +25,10 @@ from captioner.checkpoint import unpack
 from captioner.errors import InputError
 from captioner.faithfulness import FUNCTION_WORDS, intervene, uniform
 from captioner.model import Captioner, describe
+from captioner.output_files import write
 from captioner.study import OWN, Row, Study
-from captioner.study_results import Captions, ImageId, Result, milliseconds, score, write_whole
-from captioner.study_table import Report, show, write
+from captioner.study_results import Captions, ImageId, Result, milliseconds, score
+from captioner.study_table import Report, show, write_report
 from captioner.task import in_words
 from captioner.tokens import detokenize
 from captioner.training import TrainingCLI, settings, train
@@ -217,7 +218,7 @@ def keep_references(output: Path, references: References) -> None:
     with FileLock(output / "lock"):
         if not path.is_file():
             lines = [{"image_id": image_id, "captions": captions} for image_id, captions in references.items()]
-            write_whole(path, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+            write(path, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
         elif read_references(output) != references:
             raise InputError(
                 f"The validation images or their captions are no longer those of {path}: give another --output."
@@ -388,7 +389,7 @@ def tabulate(study: Study, output: Path) -> None:
         lines = score(results, study.reference, references)
         times = milliseconds([line.results[0] for line in lines])
         report = Report(study, lines, times, len(references), missing)
-        write(report, output)
+        write_report(report, output)
     # A file or a pipe has no width: lines are not broken for it.
     show(report, Console(width=None if sys.stdout.isatty() else 200))
     say(f"Table: {output / 'study.md'}\nPicture: {output / 'study.png'}")

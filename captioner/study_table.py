@@ -23,8 +23,9 @@ from rich.table import Table
 from captioner.errors import InputError
 from captioner.evaluation import FEWEST_TO_COMPARE
 from captioner.metrics.bootstrap import RESAMPLES
+from captioner.output_files import write
 from captioner.study import Study
-from captioner.study_results import ROUNDS, WORDS_TIMED, Line, write_whole
+from captioner.study_results import ROUNDS, WORDS_TIMED, Line
 
 HEADER = ("", "CIDEr-D", "BLEU-4", "difference", "verdict", "uniform costs", "entropy", "ms", "parameters", "seeds")
 INK, FAINT, BAND = "#1b1b1f", "#6f6f78", "#e3e3e8"
@@ -150,7 +151,7 @@ def markdown(report: Report, picture: str) -> str:
     )
 
 
-def write(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: Path) -> None:
     """Write study.md and study.png, each whole or not at all."""
     unfinished = folder / "study.png.tmp"
     draw(report, unfinished)
@@ -158,7 +159,7 @@ def write(report: Report, folder: Path) -> None:
         os.replace(unfinished, folder / "study.png")
     except OSError as error:
         raise InputError(f"{folder} takes no picture ({error.strerror}): see to it.") from error
-    write_whole(folder / "study.md", markdown(report, "study.png"))
+    write(folder / "study.md", markdown(report, "study.png"))
 
 
 def draw(report: Report, path: Path) -> None:

@@ -49,8 +49,9 @@ def folder(images, tmp_path):
 
 
 @pytest.fixture
-def caption(best, capsys):
-    """Run the command; return its exit code, what it printed, and what it said."""
+def caption(best, capsys, monkeypatch):
+    """Run the command in the precision of `captions`; return its exit code, what it printed, and what it said."""
+    monkeypatch.setattr(caption_command, "_faster_precision", lambda device: "float32")
 
     def run(*args):
         code = main(["caption", "--workers", "0", "--checkpoint", str(best), *map(str, args)])
@@ -96,7 +97,7 @@ def test_every_setting_of_decoding_has_a_flag_that_tells_its_default():
 
 
 def test_every_flag_of_decoding_reaches_it(monkeypatch, images, best):
-    given = {flag.field: ["9"] if flag.type is not bool else [] for flag in DECODING} | {"banned": ["a", "b"]}
+    given = {flag.field: ["9"] if flag.type is not bool else [] for flag in DECODING} | {"ban": ["a, b", "--ban", "c"]}
     words = [word for flag in DECODING for word in (flag.name, *given[flag.field])]
     seen = {}
 
@@ -106,8 +107,8 @@ def test_every_flag_of_decoding_reaches_it(monkeypatch, images, best):
 
     monkeypatch.setattr("captioner.decoding.Decoding", stop)
     main(["caption", str(images[0]), "--checkpoint", str(best), *words])
-    wanted = {flag.field: flag.type("9") for flag in DECODING} | {"banned": ("a", "b"), "sample": True}
-    assert seen == wanted and {type(value) for value in seen.values()} == {int, float, str, bool, tuple}
+    wanted = {flag.field: flag.type("9") for flag in DECODING} | {"ban": ["a", "b", "c"], "sample": True}
+    assert seen == wanted and {type(value) for value in seen.values()} == {int, float, str, bool, list}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,8 @@ def test_every_flag_of_decoding_reaches_it(monkeypatch, images, best):
         ("--checkpoint x.ckpt y.ckpt --checkpoint z.ckpt - --sidecar .caption", ["-"], ["x.ckpt", "y.ckpt", "z.ckpt"]),
         ("a.jpg --checkpoint x.ckpt --beam-size 3 b.jpg --sidecar c.jpg", ["a.jpg", "b.jpg", "c.jpg"], ["x.ckpt"]),
         ("--checkpoint x --sidecar -- a.jpg", ["a.jpg"], ["x"]),
+        ("b.jpg --sidecar --checkpoint x -- -odd.jpg --all", ["b.jpg", "-odd.jpg", "--all"], ["x"]),
+        ("--sidecar --checkpoint x --ban a,man holiday", ["holiday"], ["x"]),
     ],
 )
 def test_paths_may_stand_anywhere(words, paths, checkpoints):
@@ -134,6 +137,9 @@ def test_a_folder_is_no_checkpoint(tmp_path):
     [
         (["--prefix", "sks"], "give --sidecar, too"),
         (["--format", "csv"], "give --output FILE, too"),
+        (["--begin-with", "a red box", "--max-words", "2"], "--begin-with 'a red box' is longer than --max-words 2"),
+        (["--top-k", "3"], "--top-k has no effect without --sample: set --sample, too"),
+        (["--overlay", "{folder}"], "is where the images are: give a folder that is for overlays alone"),
         (["--output", "captions.txt"], "is not known from its name"),
         (["--output", "out", "--format", "xml"], "--format"),
         (["--batch-size", "0"], "--batch-size is 0"),
@@ -213,8 +219,11 @@ def test_metadata_and_failures(folder, caption, captions):
     assert (folder / "metadata.jsonl.failures.txt").read_text().startswith(f"{folder / 'bad.png'}\t")
     before = out.read_bytes()
     code, _, said = caption(folder, "--output", out)
-    assert code == 1 and "is complete with 10 images, but 1 that could not be read; --overwrite" in said
+    assert code == 1 and "9 of 10 images are done already; --overwrite" in said and "1 of 10 images could not" in said
     assert out.read_bytes() == before
+    Image.new("RGB", (40, 40)).save(folder / "bad.png")
+    assert caption(folder, "--output", out)[0] == 0 and out.read_bytes().startswith(before[:100])
+    assert len(out.read_text().splitlines()) == 10 and not (folder / "metadata.jsonl.failures.txt").exists()
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -261,7 +270,37 @@ def test_images_that_would_share_a_text_file(folder, caption, captions):
 def test_a_complete_file_gets_its_sidecars(folder, caption, captions, tmp_path):
     assert caption(folder, "--output", tmp_path / "out.jsonl")[0] == 0
     code, _, said = caption(folder, "--output", tmp_path / "out.jsonl", "--sidecar")
-    assert code == 0 and "out.jsonl is complete with 9 images" in said and len(list(folder.glob("*.txt"))) == 9
+    assert (code, said) == (0, "") and len(list(folder.glob("*.txt"))) == 9
+    next(folder.glob("*.txt")).unlink()
+    before = (tmp_path / "out.jsonl").stat()
+    code, _, said = caption(folder, "--output", tmp_path / "out.jsonl", "--sidecar", ".txt")
+    assert code == 0 and "8 of 9 images are done already" in said and len(list(folder.glob("*.txt"))) == 9
+    assert (tmp_path / "out.jsonl").stat() == before
+
+
+def test_a_file_of_another_model_is_not_taken_for_complete(folder, caption, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert caption(folder, "--output", out)[0] == 0
+    before = out.read_bytes()
+    code, _, said = caption(folder, "--output", out, "--captions", 2, "--begin-with", "a")
+    assert code == 2 and "out.jsonl was made with other settings (--begin-with '' and not 'a', --captions 1" in said
+    assert out.read_bytes() == before
+
+
+def test_overlays_in_the_folder_that_is_captioned_get_no_captions(folder, caption):
+    flags = ("--overlay", folder / "overlays")
+    first = caption(folder, *flags)
+    assert first[0] == 0 and len(list((folder / "overlays").iterdir())) == 9
+    code, printed, said = caption(folder, *flags)
+    assert (code, printed) == (0, first[1]) and "9 images in" in said and "where overlays go, are left out" in said
+
+
+def test_draws_do_not_depend_on_what_else_is_captioned(folder, caption):
+    drawn = caption(folder, "--sample", "--temperature", 3, "--batch-size", 2)[1].splitlines()
+    assert len({line.partition("\t")[2] for line in drawn}) > 1
+    few = caption(*sorted(folder.iterdir(), reverse=True)[::3], "--sample", "--temperature", 3)[1].splitlines()
+    assert sorted(few) == sorted(line for line in drawn if line in few) and len(few) == 3
+    assert caption(folder, "--sample", "--temperature", 3, "--seed", 1)[1].splitlines() != drawn
 
 
 def test_overlays_of_one_name_get_numbers(tmp_path):
@@ -309,8 +348,8 @@ def test_interrupted_it_goes_on_to_the_same_file(name, batches, folder, caption,
     assert said == f"captioner: interrupted after {2 * batches} of 10 images: the same command goes on from there.\n"
     code, _, said = caption(folder, "--output", out, "--batch-size", 2)
     assert code == 1 and out.read_bytes() == whole.read_bytes()
-    assert (f"{2 * batches} of 10 images are done already." in said) == (batches > 0)
-    assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".lock", ".tmp")]
+    assert (f"{2 * batches} of 10 images are done already" in said) == (batches > 0)
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".lock", ".tmp")]
 
 
 def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(folder, caption, tmp_path, monkeypatch):
@@ -335,6 +374,10 @@ def test_interrupted_sidecars_go_on(folder, caption, captions, monkeypatch):
     assert code == 130 and "interrupted after 4 of 9 images" in said
     assert "4 of 9 images are done already" in caption(folder, "--sidecar", "--batch-size", 2)[2]
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == [f"{text}\n" for text in captions]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        said = caption(folder, "--sidecar", "--overwrite", "--batch-size", 2)[2]
+    assert "with --overwrite the same command begins anew" in said
 
 
 def test_a_run_with_another_beam_does_not_mix_with_it(folder, caption, tmp_path, monkeypatch):
@@ -343,7 +386,7 @@ def test_a_run_with_another_beam_does_not_mix_with_it(folder, caption, tmp_path,
         interrupt_after(patch, 2)
         caption(folder, "--output", out, "--batch-size", 2)
     code, _, said = caption(folder, "--output", out, "--beam-size", 3)
-    assert code == 2 and "(beam_size 5 and not 3)" in said and said.count("\n") == 1
+    assert code == 2 and "(--beam-size 5 and not 3)" in said and said.count("\n") == 1
 
 
 def run(*args):
@@ -367,7 +410,8 @@ def test_killed_at_twenty_random_moments_every_image_is_there_once(images, best,
         return process
 
     start("whole.jsonl").join()  # the first starts the server, too
-    (tmp_path / "whole.jsonl").unlink()
+    for path in tmp_path.glob("whole.jsonl*"):
+        path.unlink()
     began = time.monotonic()
     start("whole.jsonl").join()
     seconds = time.monotonic() - began
@@ -383,7 +427,7 @@ def test_killed_at_twenty_random_moments_every_image_is_there_once(images, best,
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (1, -signal.SIGKILL)
-        journal = out.with_name("out.jsonl.partial")
+        journal = out.with_name("out.jsonl.journal")
         progress.add(journal.stat().st_size if journal.exists() else 0)
         if out.exists():
             assert out.read_bytes() == whole
@@ -391,8 +435,9 @@ def test_killed_at_twenty_random_moments_every_image_is_there_once(images, best,
                 out.unlink()
     assert out.read_bytes() == whole and len(progress) > 5  # it was killed at work, too
     assert {path.name for path in tmp_path.iterdir()} == {
-        "photos", "whole.jsonl", "whole.jsonl.failures.txt", "out.jsonl", "out.jsonl.failures.txt"
-    }  # fmt: skip
+        "photos",
+        *(f"{name}.jsonl{more}" for name in ("whole", "out") for more in ("", ".journal", ".failures.txt")),
+    }
 
 
 # On a terminal

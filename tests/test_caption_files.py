@@ -130,7 +130,8 @@ def test_a_file_without_captions_is_one_still(tmp_path, form):
     output.add([Outcome(images[0], fault="a.jpg is no image.")])
     output.finish(images)
     assert output.failed == 1
-    assert output.form.names() == set()
+    empty = {"coco": b"[]\n", "csv": b"image,caption,log_probability\r\n"}
+    assert output.file.read_bytes() == empty.get(form, b"")
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,7 @@ def go_on(output, outcomes, batch=2, **options):
     known = {outcome.image: outcome for outcome in outcomes}
     images = list(known)
     with output.held():
-        if (todo := output.begin(images, **options)) is None:
-            return None
+        todo = output.begin(images, **options)
         for first in range(0, len(todo), batch):
             output.add([known[image] for image in todo[first : first + batch]])
         output.finish(images)
@@ -219,6 +219,7 @@ def test_a_journal_cut_off_at_any_byte_is_gone_on_from(tmp_path, images, outcome
         assert todo == [*images[2 * batches :], *([images[1]] if batches else [])]
         assert output.file.read_bytes() == undisturbed
         output.file.unlink()
+        output.journal.unlink()
 
 
 def test_a_batch_that_was_cut_off_leaves_nothing_behind_a_shorter_one(tmp_path, images, outcomes):
@@ -252,10 +253,9 @@ def look(event, args):
 sys.addaudithook(look)
 with output.held():
     todo = output.begin(list(known))
-    for first in range(0, len(todo or []), batch):
+    for first in range(0, len(todo), batch):
         output.add([known[image] for image in todo[first : first + batch]])
-    if todo is not None:
-        output.finish(list(known))
+    output.finish(list(known))
 """
 
 
@@ -275,9 +275,11 @@ def test_killed_before_any_change_of_a_file_it_goes_on(tmp_path, outcomes, undis
         go_on(output, outcomes)
         assert file.read_bytes() == undisturbed
         left = {path.name for path in tmp_path.iterdir()} - {"images"}
-        assert left == {"out.jsonl", "out.jsonl.failures.txt", "undisturbed.jsonl", "undisturbed.jsonl.failures.txt"}
-        file.unlink()
-        (tmp_path / "out.jsonl.failures.txt").unlink()
+        assert left == {
+            f"{name}{more}" for name in ("out.jsonl", "undisturbed.jsonl") for more in ("", ".journal", ".failures.txt")
+        }
+        for path in tmp_path.glob("out.jsonl*"):
+            path.unlink()
     assert moment > 12  # moments at which it was killed
 
 
@@ -320,9 +322,12 @@ def test_an_image_that_changed_since_is_captioned_anew_and_a_new_one_too(tmp_pat
     output.add([outcomes[0], outcomes[2], outcomes[4]])
     images[2].write_text("another")
     new = images[0].with_name("aa.jpg")
+    with pytest.raises(InputError, match=f"would lose the captions of 1 image not given now, such as {images[4]}"):
+        output.begin([images[0], new, images[2]])
+    images[4].unlink()
     assert output.begin([images[0], new, images[2]]) == [new, images[2]]
     output.add([Outcome(new, [("new", -1.0)]), Outcome(images[2], [("anew", -1.0)])])
-    output.finish([images[0], new, images[2]])  # the others have gone
+    output.finish([images[0], new, images[2]])
     results = {Path(result.image): result.caption for result in read_results(output.file)}
     assert list(results.items()) == [(images[0], outcomes[0].captions[0][0]), (new, "new"), (images[2], "anew")]
 
@@ -342,7 +347,7 @@ def test_other_settings_are_not_mixed_in(tmp_path, images, outcomes, undisturbed
     output.add(outcomes[:2])
     journal = output.journal.read_bytes()
     other = captioned(tmp_path, beam_size=3, checkpoints=["def"])
-    with pytest.raises(InputError, match=r"\(beam_size 5 and not 3, another checkpoint\) has done"):
+    with pytest.raises(InputError, match=r"journal was begun with .* \(--beam-size 5 and not 3, another checkpoint\)"):
         other.begin(images)
     assert output.journal.read_bytes() == journal
     assert go_on(other, outcomes, overwrite=True) == images
@@ -388,14 +393,60 @@ def test_a_journal_of_others_is_left_alone(tmp_path, images):
 def test_a_complete_file_is_left_as_it_is(tmp_path, form):
     images = [tmp_path / name for name in NAMES]
     file = write(tmp_path / "out", outcomes_of(images), form=form)
+    state, before = file.stat(), file.read_bytes()
+    for given in (images, images[::2]):
+        output = CaptionFile(FORMATS[form](file, 1), SETTINGS)
+        assert output.begin(given) == []
+        output.finish(given)
+    assert (file.stat(), file.read_bytes(), output.failed) == (state, before, 0)
+    assert output.begin(images, overwrite=True) == images
+    file.unlink()
+    assert output.begin(images) == images  # who deletes it wants it anew
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_complete_file_grows(tmp_path, form, images, outcomes):
+    few = [outcome for outcome in outcomes if outcome.captions][:2]
+    file = write(tmp_path / "out", few, form=form)
+    whole = write(tmp_path / "whole", outcomes, form=form).read_bytes().replace(b"whole", b"out")
+
+    def output():
+        return CaptionFile(FORMATS[form](file, 1), SETTINGS, {"sidecar": ".txt"})  # that were not wanted at first
+
+    assert go_on(output(), outcomes) == [image for image in images if image not in [one.image for one in few]]
+    assert file.read_bytes() == whole
+    assert output().failures.read_bytes() == (tmp_path / "whole.failures.txt").read_bytes()
+    assert go_on(output(), outcomes) == [images[1]]  # the failed one
+    mended = [outcome._replace(captions=outcome.captions or [("mended", -1.0)], fault="") for outcome in outcomes]
+    assert go_on(output(), mended) == [images[1]] and not output().failures.exists()
+    assert file.read_bytes() == write(tmp_path / "mended", mended, form=form).read_bytes()
+
+
+def test_growing_is_stopped_and_gone_on_with(tmp_path, images, outcomes, undisturbed):
+    file = write(tmp_path / "out.jsonl", outcomes[2:4])
     before = file.read_bytes()
-    output = CaptionFile(FORMATS[form](file, 1), SETTINGS)
-    assert output.begin(images) is None and output.begin(images[::2]) is None
-    with pytest.raises(InputError, match="lacks 1 image of 8, the first is .*new.jpg: give --overwrite"):
-        output.begin([*images, tmp_path / "new.jpg"])
-    output.failures.write_text(f"{tmp_path / 'new.jpg'}\tno image\n")
-    assert output.begin([*images, tmp_path / "new.jpg"]) is None and output.failed == 1
-    assert file.read_bytes() == before and output.begin(images, overwrite=True) == images
-    file.write_text("a thesis")
-    with pytest.raises(InputError, match="holds no captions in this format"):
+    output = captioned(tmp_path)
+    assert output.begin(images) == [images[0], images[1], images[4]]
+    output.add(outcomes[:1])
+    assert file.read_bytes() == before
+    assert go_on(captioned(tmp_path), outcomes) == [images[1], images[4]]
+    assert file.read_bytes() == undisturbed
+
+
+def test_a_complete_file_loses_nothing(tmp_path, images, outcomes):
+    file = write(tmp_path / "out.jsonl", outcomes[:3])
+    before = {path: path.read_bytes() for path in tmp_path.glob("out.jsonl*")}
+    with pytest.raises(InputError, match=r"out.jsonl was made with other settings \(--beam-size 5 and not 3\)"):
+        captioned(tmp_path, beam_size=3).begin(images)
+    with pytest.raises(InputError, match="would lose the captions of 3 images not given now"):
+        captioned(tmp_path).begin(images[3:])
+    assert {path: path.read_bytes() for path in tmp_path.glob("out.jsonl*")} == before
+    file.write_text("corrected by hand")
+    assert captioned(tmp_path).begin([images[0], images[2]]) == []
+    with pytest.raises(InputError, match="was changed since it was written"):
+        captioned(tmp_path).begin(images)
+    output = captioned(tmp_path)
+    output.journal.unlink()
+    with pytest.raises(InputError, match="is there already, and nothing beside it says how it was made"):
         output.begin(images)
+    assert file.read_text() == "corrected by hand" and output.begin(images, overwrite=True) == images

@@ -28,13 +28,15 @@ from captioner.errors import InputError
         ({"sample": True, "top_p": 0}, "top_p is 0"),
         ({"sample": True, "top_p": 1.1}, "top_p is 1.1"),
         ({"sample": True, "seed": -1}, "seed is -1"),
-        ({"temperature": 0.5}, "temperature is of captions drawn at random: set sample"),
-        ({"top_k": 5}, "top_k is of .*set sample"),
-        ({"top_p": 0.5}, "top_p is of .*set sample"),
-        ({"banned": "dog"}, r"give \['dog'\]"),
-        ({"banned": ["hot dog"]}, "'hot dog' is 2 words .*single words"),
-        ({"banned": ["Dog"], "prefix": "a dog"}, "'Dog' is banned and stands in the prefix"),
-        ({"prefix": "a photo of", "max_words": 2}, "'a photo of' is longer than max_words 2"),
+        ({"temperature": 0.5}, "temperature has no effect without sample: set sample"),
+        ({"top_k": 5}, "top_k has no effect without sample"),
+        ({"top_p": 0.5}, "top_p has no effect without sample"),
+        ({"diversity": 0.7}, "diversity has no effect without groups: set groups"),
+        ({"diversity": 0.7, "sample": True}, "diversity has no effect without groups"),
+        ({"ban": "dog"}, r"give \['dog'\]"),
+        ({"ban": ["hot dog"]}, "'hot dog' is 2 words .*single words"),
+        ({"ban": ["Dog"], "begin_with": "a dog"}, "'Dog' is in both ban and begin_with"),
+        ({"begin_with": "a photo of", "max_words": 2}, "'a photo of' is longer than max_words 2"),
     ],
 )
 def test_settings_that_cannot_be_are_one_sentence(settings, said):
@@ -48,11 +50,11 @@ def test_settings_at_their_ends_are_taken():
     Decoding(beam_size=1, length_penalty=0, max_words=0)
     Decoding(min_words=20, captions=5, groups=5, diversity=0)
     Decoding(sample=True, captions=100, top_p=1, temperature=1e-3)
-    assert Decoding(prefix="a photo of", max_words=3).prefix_words == ["a", "photo", "of"]
+    assert Decoding(begin_with="a photo of", max_words=3).first_words == ["a", "photo", "of"]
 
 
-def test_a_prefix_is_cut_into_words_as_captions_are():
-    assert Decoding(prefix="A photo, of the dog's ball").prefix_words == [
+def test_a_beginning_is_cut_into_words_as_captions_are():
+    assert Decoding(begin_with="A photo, of the dog's ball").first_words == [
         "a",
         "photo",
         "of",
@@ -64,4 +66,4 @@ def test_a_prefix_is_cut_into_words_as_captions_are():
 
 
 def test_a_decoding_may_be_compared_and_looked_up():
-    assert Decoding(banned=["dog"]) == Decoding(banned=("dog",)) and {Decoding(): 1}[Decoding()] == 1
+    assert Decoding(ban=["dog"]) == Decoding(ban=("dog",)) and {Decoding(): 1}[Decoding()] == 1

@@ -3,6 +3,7 @@ import re
 from dataclasses import fields
 from functools import partial
 from itertools import pairwise, product
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -382,7 +383,7 @@ def find_apart(model, annotations, images, decoding):
 DECODINGS = {
     "beam": {"beam_size": 3},
     "greedy": {"beam_size": 1},
-    "limits": {"beam_size": 3, "min_words": 3, "no_repeat_ngram": 2, "banned": ("box",), "prefix": "a red"},
+    "limits": {"beam_size": 3, "min_words": 3, "no_repeat_ngram": 2, "ban": ("box",), "begin_with": "a red"},
     "groups": {"beam_size": 4, "groups": 2, "diversity": 1.0},
     "samples": {"sample": True, "captions": 3, "seed": 2, "temperature": 0.7, "top_p": 0.9},
 }
@@ -519,13 +520,13 @@ def test_a_banned_word_is_found_as_it_is_written_or_as_captions_are_cut():
         (("Blue",), {4, 6}),
         (("zebra", "<unk>", "."), {4, 5, 6}),
     ):
-        found = model.search(some_annotations(2), beam_size=40, max_words=2, banned=banned)
+        found = model.search(some_annotations(2), beam_size=40, max_words=2, ban=banned)
         assert {index for image in found for hypothesis in image for index in hypothesis.tokens} - {END} == left
 
 
-def test_a_prefix_of_words_that_the_model_does_not_know_is_an_error():
+def test_a_beginning_of_words_that_the_model_does_not_know_is_an_error():
     with pytest.raises(InputError, match="'zebra'.* does not know") as error:
-        captioner().double().search(some_annotations(2), prefix="a red zebra on a giraffe")
+        captioner().double().search(some_annotations(2), begin_with="a red zebra on a giraffe")
     assert one_sentence(error)
 
 
@@ -648,6 +649,14 @@ def test_a_stream_holds_a_batch_at_a_time_and_gives_what_the_images_give_alone()
     assert [[caption.text for caption in captions] for captions in model.caption_stream(images, **settings)] == said
     best = [caption.text for caption in model.caption(images, batch_size=3, **settings)]
     assert best == [texts[0] for texts in said]
+
+
+@pytest.mark.parametrize("path", [str, Path])
+def test_one_image_is_a_stream_of_one(tmp_path, path):
+    model, image = captioner(), some_images(1)[0]
+    image.save(tmp_path / "a.png")
+    for one in (image, np.asarray(image), path(tmp_path / "a.png")):
+        assert [captions[0].text for captions in model.caption_stream(one)] == [model.caption(image)[0].text]
 
 
 def test_what_a_stream_cannot_do_it_says_at_once():

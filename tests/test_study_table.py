@@ -12,7 +12,7 @@ from test_study_results import RESULT
 from captioner.metrics import Comparison
 from captioner.study import Row, Study
 from captioner.study_results import Estimate, Line
-from captioner.study_table import Report, markdown, show, write
+from captioner.study_table import Report, markdown, show, write_report
 
 ROWS = (
     Row("additive", "score function", (1, 2), ()),
@@ -94,7 +94,7 @@ def pixels(path):
 
 def test_the_picture_is_grey_and_shows_what_is_there(tmp_path):
     whole = report()
-    write(whole, tmp_path)
+    write_report(whole, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["study.md", "study.png"]
     drawn = pixels(tmp_path / "study.png")
     assert np.ptp(drawn, axis=2).max() <= 16 and drawn.shape[1] == 1950
@@ -103,7 +103,7 @@ def test_the_picture_is_grey_and_shows_what_is_there(tmp_path):
     band = np.array([0xE3, 0xE3, 0xE8])
 
     def share_of_band(lines):
-        write(whole._replace(lines=lines, milliseconds=whole.milliseconds[: len(lines)]), tmp_path)
+        write_report(whole._replace(lines=lines, milliseconds=whole.milliseconds[: len(lines)]), tmp_path)
         return (pixels(tmp_path / "study.png") == band).all(2).mean()
 
     without = share_of_band(whole.lines[1:])  # the grid has its colour, and so has the key
@@ -115,5 +115,5 @@ def test_the_picture_is_grey_and_shows_what_is_there(tmp_path):
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_picture_of_any_number_of_rows(count, tmp_path):
     whole = report()
-    write(whole._replace(lines=whole.lines[:count], milliseconds=whole.milliseconds[:count]), tmp_path)
+    write_report(whole._replace(lines=whole.lines[:count], milliseconds=whole.milliseconds[:count]), tmp_path)
     assert pixels(tmp_path / "study.png").shape[0] > 250 + 60 * count
