@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
@@ -244,9 +245,13 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
 
 
 def _in_flags(sentence: str) -> str:
-    """Call what are fields in Python what they are on the command line."""
-    names = [flag.field for flag in DECODING if "_" in flag.field or flag.field in ("ban", "sample")]
-    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: f"--{found[0].replace('_', '-')}", sentence)
+    """Call what are `fields` in Python what they are on the command line."""
+    flags = {f"`{flag.field}`": flag.name for flag in DECODING}
+    return re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), sentence)
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def say(sentence: str, progress: Progress | None = None) -> None:
@@ -268,49 +273,61 @@ class _Work:
         self.sidecars: Sidecars | None = None
         self.pictures: dict[Path, Path] = {}
         self.listed: set[Path] = set()  # images that are still to go into the file
-        self.done = self.failed = 0
+        self.done = 0
+        self.failed: set[Path] = set()
         if options.overlay is not None:
-            self._leave_out_pictures(options.overlay)
+            self.pictures = self._choose_pictures(options.overlay)
         if options.sidecar is not None:
             self.sidecars = Sidecars(options.sidecar, options.before or "", options.after or "")
             self._check_sidecars(self.sidecars)
         if options.overlay is not None:
             make_folder(options.overlay)
-            self.pictures = {path: options.overlay / name for path, name in picture_names(self.paths).items()}
-        if options.precision is None:
-            # Which one is faster is found by timing, and a run goes on in the one that it was begun in.
-            begun = {} if options.output is None else settings_of(options.output)
-            options.precision = begun.get("precision") or _faster_precision(options.device)
         if options.output is not None:
             form = FORMATS[options.format](options.output, decoding.captions)
             form.check(self.paths)
-            beside = {
-                "sidecar": self.sidecars,
-                "overlay": None if options.overlay is None else str(options.overlay),
-            }
-            self.output = CaptionFile(form, self._settings(), beside)
+            self.output = CaptionFile(form, self._settings())
 
-    def _settings(self) -> Mapping[str, object]:
-        """Return all that decides captions, and how they are written."""
-        options = self.options
+    def _settings(self) -> dict[str, object]:
+        """Return all that decides captions, and how they are written; but for what is as it is by default."""
+        options, decoding = self.options, asdict(self.decoding)
+        # Which precision is faster is found by timing, and a run goes on in the one that it was begun in.
+        begun = settings_of(options.output, options.overwrite).get("precision")
+        options.precision = options.precision or begun or _faster_precision(options.device)
+        for name in ("beam_size",) if self.decoding.sample else ("seed",):
+            del decoding[name]  # which is idle
         return {
             "format": options.format,
             "checkpoints": [_fingerprint(path) for path in options.checkpoint],
-            "encoder": options.encoder,
             "precision": options.precision,
-            "compile": options.compile and f"for batches of {options.batch_size}",
-            **asdict(self.decoding),
+            **({"encoder": options.encoder} if options.encoder else {}),
+            **({"compile": f"for batches of {options.batch_size}"} if options.compile else {}),
+            **{name: value for name, value in decoding.items() if value != getattr(type(self.decoding), name)},
         }
 
-    def _leave_out_pictures(self, folder: Path) -> None:
-        """Keep the overlays of an earlier run, in a folder that is captioned, from getting captions themselves."""
-        inside = os.path.join(os.path.realpath(folder), "")
-        paths = [path for path in self.paths if not os.path.realpath(path).startswith(inside)]
-        if not paths:
-            raise InputError(f"--overlay {folder} is where the images are: give a folder that is for overlays alone.")
-        if left := len(self.paths) - len(paths):
-            say(f"{counted(left)} in {folder}, where overlays go, {'are' if left > 1 else 'is'} left out.")
-        self.paths = paths
+    def _choose_pictures(self, folder: Path) -> dict[Path, Path]:
+        """Name the overlay of each image, and keep those of an earlier run from getting captions themselves.
+
+        They are among the images when a folder is captioned that holds the one for overlays, or is it.
+        """
+        named = {os.path.realpath(path) for path in self.options.paths}
+        inside = [
+            path
+            for path in self.paths
+            if path.suffix == ".png"
+            and os.path.realpath(path.parent) == os.path.realpath(folder)
+            and os.path.realpath(path) not in named
+        ]
+        names = set(picture_names([path for path in self.paths if path not in set(inside)]).values())
+        left = {path for path in inside if path.name in names}
+        self.paths = [path for path in self.paths if path not in left]
+        pictures = {path: folder / name for path, name in picture_names(self.paths).items()}
+        images = {os.path.realpath(path): path for path in self.paths}
+        for picture in pictures.values():
+            if (image := images.get(os.path.realpath(picture))) is not None:
+                raise InputError(f"--overlay {folder} would replace the image {image}: give a folder of its own.")
+        if left:
+            say(f"{counted(len(left))} in {folder}, where overlays go, {_are(len(left))} left out.")
+        return pictures
 
     def _check_sidecars(self, sidecars: Sidecars) -> None:
         """Keep text from images' names, and two images from one name; see before the work that all can be written."""
@@ -341,6 +358,11 @@ class _Work:
             held.enter_context(self.output.held())
             todo = self.output.begin(self.paths, self.options.overwrite)
             self.listed = set(todo)
+            if self.output.gone:
+                gone = self.output.gone
+                say(f"{counted(gone)} {_are(gone)} no longer there: their captions leave {self.output.file}.")
+            if self.output.edited:
+                say(f"{self.output.file} was changed since it was written, and is left as it is.")
             if not self.options.overwrite:
                 # Of a complete file, whose captions are found again for what is now wanted beside it.
                 todo += [path for path in self.paths if path not in self.listed and self._lacks_files(path)]
@@ -351,7 +373,7 @@ class _Work:
         self.done = len(self.paths) - len(todo)
         if self.done and (self.output is not None or self.sidecars is not None):
             anew = "" if self.options.overwrite else "; --overwrite captions them anew"
-            say(f"{self.done:,} of {counted(len(self.paths))} are done already{anew}.")
+            say(f"{self.done:,} of {counted(len(self.paths))} {_are(self.done)} done already{anew}.")
         return todo
 
     def _lacks_files(self, path: Path) -> bool:
@@ -362,7 +384,8 @@ class _Work:
         if self.sidecars is None:
             return False
         sidecar = self.sidecars.path(path)
-        return self.owners[sidecar] == path and (self.options.overwrite or not sidecar.exists())
+        changed = self.output is not None and path in self.output.changed  # and its text no longer that of the file
+        return self.owners[sidecar] == path and (self.options.overwrite or changed or not sidecar.exists())
 
     def caption(self, todo: Sequence[Path], model: Any) -> None:
         """Caption images, and hand the captions on batch by batch."""
@@ -373,6 +396,7 @@ class _Work:
 
         options = self.options
         compiled_for = options.batch_size if options.compile else None
+        options.precision = options.precision or _faster_precision(options.device)
         annotator = Annotator(model, options.precision, compiled_for=compiled_for)
         with _progress(self.printed) as progress:
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
@@ -396,7 +420,7 @@ class _Work:
                         outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
                 for outcome in outcomes.values():
                     if outcome.fault:
-                        self.failed += 1
+                        self.failed.add(outcome.image)
                         say(outcome.fault, progress)
                 if self.output is not None and (
                     listed := [outcome for path, outcome in outcomes.items() if path in self.listed]
@@ -428,10 +452,10 @@ class _Work:
         """Complete the file, say what failed, and return the exit code."""
         if self.output is not None:
             self.output.finish(self.paths)
-            self.failed = self.output.failed
+            self.failed |= set(self.output.failed)
         if self.failed:
-            where = "" if self.output is None else f"; {self.output.failures} lists them"
-            say(f"{self.failed:,} of {len(self.paths):,} images could not be read{where}.")
+            where = f"; {self.output.failures} lists them" if self.output is not None and self.output.failed else ""
+            say(f"{len(self.failed):,} of {len(self.paths):,} images could not be read{where}.")
         return 1 if self.failed else 0
 
     def interrupted(self) -> str:
@@ -444,19 +468,15 @@ class _Work:
 
 
 def picture_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return a file name for each image's overlay; images of one name from several folders get numbers."""
-    names: dict[Path, str] = {}
-    # First those that are called so: photo-2.jpg keeps photo-2.png from a second photo.jpg.
-    taken = {f"{path.stem}.png" for path in paths}
-    called: set[str] = set()
-    for path in paths:
-        name, number = f"{path.stem}.png", 1
-        while name in called or (number > 1 and name in taken):
-            number += 1
-            name = f"{path.stem}-{number}.png"
-        called.add(name)
-        names[path] = name
-    return names
+    """Return a file name for each image's overlay: its own, and where several have it, one with a hash of the path.
+
+    So a name never passes from one image to another, whatever images there are more of the next time.
+    """
+    times = Counter(path.stem for path in paths)
+    return {
+        path: f"{path.stem}.png" if times[path.stem] == 1 else f"{path.stem}-{zlib.crc32(os.fsencode(path)):08x}.png"
+        for path in paths
+    }
 
 
 def make_folder(path: Path) -> None:

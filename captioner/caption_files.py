@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -223,38 +224,47 @@ class CaptionFile:
     The journal ``FILE.journal`` has a line with the run's settings and one for each image that is done. Lines are added
     batch by batch and are on the disk before the next batch begins. Each counts how many of its batch follow it, so
     that a batch whose writing was cut off is known and dropped. In the end the file is made of it and takes its place,
-    and a last line says so. The journal stays: from it the file grows when there are more images, or mended ones.
-    While a process writes, it holds ``FILE.lock``, which the system takes from a process that is killed.
+    and a last line says so: the file then holds what the journal does. It stays, so that the file can grow when there
+    are more images, or mended ones. While a process writes, it holds ``FILE.lock``, which the system takes from a
+    process that is killed.
 
     Parameters
     ----------
     form : Format
         Names the file and its format.
     settings : mapping
-        All that decides the captions, as plain JSON: the file holds captions of these alone.
-    beside : mapping
-        What is written of each image beside the file, before it counts as done: a run that was stopped goes on with
-        the same, a file that is complete may grow with another.
+        All that decides the captions and is not as by default, as plain JSON: the file holds captions of these alone.
 
     Attributes
     ----------
-    failed : int
-        How many images could not be read, once the file is finished; `failures` lists them.
+    changed : set of Path
+        After `begin`: the images that are to be captioned again since they are others than they were.
+    gone : int
+        After `begin`: of how many images captions leave the file, since they are neither given nor there any longer.
+    edited : bool
+        After `begin`: whether the file is complete but was changed by others since it was written. It is left so.
+    failed : list of Path
+        After `finish`: the images that could not be read; `failures` lists them.
     """
 
-    def __init__(
-        self, form: Format, settings: Mapping[str, object], beside: Mapping[str, object] | None = None
-    ) -> None:
+    def __init__(self, form: Format, settings: Mapping[str, object]) -> None:
         self.form = form
         self.file = form.file
         self.journal = _journal(self.file)
         self.failures = self.file.with_name(self.file.name + ".failures.txt")
+        self.changed: set[Path] = set()
+        self.gone = 0
+        self.edited = False
+        self.failed: list[Path] = []
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self._beside: dict[str, Any] = json.loads(json.dumps(beside or {}))
-        self.failed = 0
-        self._places: dict[str, int] = {}  # in the journal, of each image's last line
+        self._states: dict[Path, list[int] | None] = {}  # of images before they are read
+        # Of the journal:
+        self._places: dict[str, int] = {}  # of each image's last line
         self._end = 0  # of its last whole batch
-        self._finished: list[int] | None = None  # what the file was when it was made of the journal
+        self._overwrites = False  # whether it was begun to overwrite a file
+        self._replaces: str | None = None  # the digest of the file that its own will replace
+        self._finished: str | None = None  # the digest of the file that was made of it
+        self._open = False  # whether it can be added to as it stands on the disk
 
     @contextmanager
     def held(self) -> Iterator[Self]:
@@ -294,40 +304,57 @@ class CaptionFile:
         images
             All that the file shall hold, in its order.
         overwrite
-            Whether a file that is there, or a journal of other settings, gives way.
+            Whether all are captioned anew, whatever is there. A run that does so and was stopped is gone on with.
 
         Raises
         ------
         InputError
-            Where these are there and do not give way, or the file would lose captions.
+            Where the file was made in other settings, is not known, was changed by others, or would lose captions.
         """
-        found = self._read_journal()
-        if self._finished and (overwrite or not self.file.exists()):
-            self._places, self._finished = {}, None
-        if self._places and found is not None:
-            others, beside = found
-            if different := _differences(others, self._settings) or (
-                "" if self._finished else _differences(beside, self._beside)
-            ):
-                if not overwrite:
-                    made = f"{self.file} was made" if self._finished else f"{self.journal} was begun"
-                    raise InputError(
-                        f"{made} with other settings ({different}): give those to go on, write elsewhere, or give "
-                        "--overwrite to begin anew."
-                    )
-                self._places = {}
-        if not self._places:
-            if self.file.exists() and not overwrite:
+        settings = self._read_journal()
+        given = {str(image) for image in images}
+        others = [image for image in map(Path, self._places) if str(image) not in given]
+        others = [image for image, record in self._found(others) if record["captions"]]
+        there = [image for image in others if os.path.lexists(image)]
+        if overwrite:
+            goes_on = self._overwrites and not self._finished and settings == self._settings and not there
+        else:
+            goes_on = bool(self._places) and (self.file.exists() or not self._finished)
+            self._check(settings if goes_on else None)
+        if not goes_on:
+            self._places, others, there = {}, [], []
+            self._replaces = self._finished = None
+        self._overwrites = overwrite
+
+        self._states = {image: _state(image) for image in images}
+        done: dict[Path, bool] = {}  # and whether it failed
+        self.changed = set()
+        for image, record in self._found(images):
+            if record["state"] == self._states[image]:
+                done[image] = bool(record["fault"])
+            elif record["captions"]:
+                self.changed.add(image)
+        todo = [image for image in images if image not in done]
+        failed = [image for image, is_failed in done.items() if is_failed]
+        self.gone = len(others) - len(there)
+        written = self._finished or self._replaces
+        self.edited = written is not None and self.file.exists() and _digest(self.file) != written
+        if todo or self.gone or not self._finished:
+            if there:
                 raise InputError(
-                    f"{self.file} is there already, and nothing beside it says how it was made: write elsewhere, or "
-                    "give --overwrite to replace it."
+                    f"{self.file} would lose the captions of {counted(len(there))} not given now, such as {there[0]}: "
+                    "give them, too, write elsewhere, or give --overwrite to replace it."
                 )
-            return list(images)
-        there = {outcome.image: bool(outcome.fault) for outcome in self._outcomes(images, unchanged=True)}
-        todo = [image for image in images if image not in there] + [image for image, failed in there.items() if failed]
-        if todo:
-            self._check_nothing_is_lost(images)
-        return todo
+            if self.edited:
+                raise InputError(
+                    f"{self.file} was changed since it was written, which would be lost when it is written again: "
+                    "write elsewhere, or give --overwrite to replace it."
+                )
+        elif there or self.edited:
+            failed = []  # one that is mended by now could not get into the file
+        self._places = {image: place for image, place in self._places.items() if image in given}
+        self._open = goes_on and not self._finished and not self.gone
+        return todo + failed
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Write down what became of a batch of images. When this returns, it is on the disk.
@@ -337,19 +364,30 @@ class CaptionFile:
         InputError
             If it cannot be written. What was written down before stays.
         """
-        if not self._places or self._finished:
+        if self._finished:  # images that have failed once more change nothing
+            outcomes = [each for each in outcomes if each.captions or str(each.image) not in self._places]
+        if not outcomes:
+            return
+        if not self._open:
             # Not before: a run that comes to nothing, since a word is not known, say, leaves nothing behind.
-            self._begin_journal()
-        lines = [
-            {"image": str(image), "state": _state(image), "captions": captions, "fault": fault, "left": left}
-            for left, (image, captions, fault) in zip(reversed(range(len(outcomes))), outcomes, strict=True)
-        ]
-        self._append(lines)
+            self._write_journal()
+        self._append(
+            [
+                {
+                    "image": str(image),
+                    "state": self._states[image],
+                    "captions": captions,
+                    "fault": fault,
+                    "left": left,
+                }
+                for left, (image, captions, fault) in zip(reversed(range(len(outcomes))), outcomes, strict=True)
+            ]
+        )
 
     def finish(self, images: Sequence[Path]) -> None:
         """Write the file, and beside it a list of the images that have failed, if any have.
 
-        A file that was finished before stays as it is, unless something was added since.
+        A file that is complete stays as it is.
 
         Parameters
         ----------
@@ -361,34 +399,65 @@ class CaptionFile:
         InputError
             If a file cannot be written. What was done stays in the journal.
         """
-        faults = [f"{in_one_line(image)}\t{fault}\n" for image, _, fault in self._outcomes(images) if fault]
-        self.failed = len(faults)
-        if self._finished:
+        faults = {image: f"{in_one_line(image)}\t{fault}\n" for image, _, fault in self._outcomes(images) if fault}
+        self.failed = list(faults)
+        if self._finished and not self.gone:
             return
+        if not self._open:
+            self._write_journal()
         if faults:
-            write(self.failures, "".join(faults))
+            write(self.failures, "".join(faults.values()))
         else:
             self.failures.unlink(missing_ok=True)
+        if self._replaces is not None:
+            self._append([{"replaces": None}])  # from now on another file may be there
         parts = self.form.parts(outcome for outcome in self._outcomes(images) if outcome.captions)
         write_parts(self.file, parts, to_disk=True)
-        self._append([{"finished": _state(self.file)}])
+        self._append([{"finished": _digest(self.file)}])
 
-    def _begin_journal(self) -> None:
+    def _check(self, settings: Mapping[str, Any] | None) -> None:
+        """See that what a run has done, or else nothing, can be gone on with."""
+        if settings is None:
+            if self.file.exists():
+                raise InputError(
+                    f"{self.file} is there already, and nothing beside it says how it was made: write elsewhere, or "
+                    "give --overwrite to replace it."
+                )
+        elif different := _differences(settings, self._settings):
+            made = f"{self.file} was made" if self._finished else f"{self.journal} was begun"
+            raise InputError(
+                f"{made} with other settings ({different}): give those to go on, write elsewhere, or give --overwrite "
+                "to begin anew."
+            )
+        elif self._overwrites and not self._finished and self.file.exists():
+            raise InputError(
+                f"{self.file} was being overwritten by a run that was stopped: give --overwrite again to go on, or "
+                f"delete {self.journal}."
+            )
+
+    def _write_journal(self) -> None:
         """Write a journal of what is done already, and of nothing if that is nothing."""
-        header = {"captioner journal": JOURNAL, "settings": self._settings, "beside": self._beside}
-        places = {}
+        self._replaces = self._finished or self._replaces
+        header = {
+            "captioner journal": JOURNAL,
+            "settings": self._settings,
+            "overwrites": self._overwrites,
+            "replaces": self._replaces,
+        }
+        places: dict[str, int] = {}
+        end = 0
 
         def parts() -> Iterator[str]:
-            self._end = 0
+            nonlocal end
             for image, record in chain([("", header)], self._records()):
                 line = json.dumps(record) + "\n"
                 if image:
-                    places[image] = self._end
-                self._end += len(line)
+                    places[image] = end
+                end += len(line)
                 yield line
 
         write_parts(self.journal, parts(), to_disk=True)
-        self._places, self._finished = places, None
+        self._places, self._end, self._finished, self._open = places, end, None, True
 
     def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Return the last line of each image that is done, as one of a batch of its own."""
@@ -418,92 +487,105 @@ class CaptionFile:
                 self._places[record["image"]] = self._end
             self._end += len(line)
 
-    def _read_journal(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def _read_journal(self) -> dict[str, Any] | None:
         """Find the places of the images in the journal, and return its settings; None where there is no journal."""
-        self._places, self._finished = {}, None
-        try:
-            with open(self.journal, "rb") as file:
-                header = file.readline()
-                self._end = len(header)
-                batch, place = {}, self._end
-                for line in file:
-                    try:
-                        record = json.loads(line) if line.endswith(b"\n") else None
-                    except ValueError:
-                        break
-                    if record is None:
-                        break
+        self._places, self._finished, self._replaces, self._overwrites = {}, None, None, False
+        header = _header(self.journal)
+        if header is None:
+            return None
+        self._overwrites, self._replaces = header["overwrites"], header["replaces"]
+        with open(self.journal, "rb") as file:
+            self._end = len(file.readline())
+            batch, place = {}, self._end
+            for line in file:
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else {}
                     if "finished" in record:
                         self._finished = record["finished"]
                         break
-                    batch[record["image"]] = place
+                    if "replaces" in record:
+                        self._replaces = record["replaces"]
+                    else:
+                        batch[record["image"]] = place
                     place += len(line)
-                    if not record["left"]:
+                    if "replaces" in record or not record["left"]:
                         self._places |= batch
                         self._end = place
                         batch = {}
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise InputError(f"The file {self.journal} cannot be read ({error.strerror}): see to it.") from error
-        try:
-            found = json.loads(header)
-            if found["captioner journal"] != JOURNAL:
-                raise ValueError
-            return dict(found["settings"]), dict(found["beside"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{self.journal} stands where a run writes down what it has done, and is not of this captioner: move "
-                "it away, or write elsewhere."
-            ) from None
+                except (ValueError, KeyError, TypeError):  # cut off
+                    break
+        return dict(header["settings"])
 
-    def _outcomes(self, images: Iterable[Path], unchanged: bool = False) -> Iterator[Outcome]:
-        """Return what the journal holds of images; with `unchanged` of those alone that are what they were."""
-        with open(self.journal, "rb") as file:
-            for image in images:
-                if (place := self._places.get(str(image))) is not None:
-                    file.seek(place)
-                    record = json.loads(file.readline())
-                    if not unchanged or record["state"] == _state(image):
-                        yield Outcome(image, [(text, value) for text, value in record["captions"]], record["fault"])
+    def _found(self, images: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Return the last line of each image that has one."""
+        if self._places:
+            with open(self.journal, "rb") as file:
+                for image in images:
+                    if (place := self._places.get(str(image))) is not None:
+                        file.seek(place)
+                        yield image, json.loads(file.readline())
 
-    def _check_nothing_is_lost(self, images: Sequence[Path]) -> None:
-        if self._finished and self._finished != _state(self.file):
-            raise InputError(
-                f"{self.file} was changed since it was written, which would be lost with more captions in it: write "
-                "elsewhere, or give --overwrite to replace it."
-            )
-        given = set(map(str, images))
-        if others := [image for image in self._places if image not in given and os.path.lexists(image)]:
-            raise InputError(
-                f"{self.file} would lose the captions of {counted(len(others))} not given now, such as {others[0]}: "
-                "give them, too, write elsewhere, or give --overwrite to replace it."
-            )
+    def _outcomes(self, images: Iterable[Path]) -> Iterator[Outcome]:
+        for image, record in self._found(images):
+            yield Outcome(image, [(text, value) for text, value in record["captions"]], record["fault"])
+
+
+def settings_of(file: Path, overwrite: bool = False) -> Mapping[str, Any]:
+    """Return the settings that a file was made with, or that a run was in that was stopped; none if it begins anew.
+
+    Raises
+    ------
+    InputError
+        Where what stands in the journal's place is none.
+    """
+    header = _header(_journal(file))
+    return {} if header is None or (overwrite and not header["overwrites"]) else dict(header["settings"])
 
 
 def _journal(file: Path) -> Path:
     return file.with_name(file.name + ".journal")
 
 
+def _header(journal: Path) -> dict[str, Any] | None:
+    """Read a journal's first line; None where there is no journal."""
+    try:
+        with open(journal, "rb") as file:
+            line = file.readline()
+        if not line:
+            return None
+        header: dict[str, Any] = json.loads(line)
+        if header["captioner journal"] != JOURNAL or not {"settings", "overwrites", "replaces"} <= header.keys():
+            raise ValueError
+        return header
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"The file {journal} cannot be read ({error.strerror}): see to it.") from error
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{journal} stands where a run writes down what it has done, and is not of this captioner: move it away, "
+            "or write elsewhere."
+        ) from None
+
+
 def _differences(others: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Name what was set otherwise, as the command's flags do."""
+    """Name what was set otherwise, as the command's flags do; what is not there was as it is by default."""
     return ", ".join(
         "another checkpoint"
         if name == "checkpoints"
-        else f"--{name.replace('_', '-')} {others.get(name)!r} and not {value!r}"
-        for name, value in settings.items()
-        if others.get(name) != value
+        else f"--{name.replace('_', '-')} {_value(others, name)} and not {_value(settings, name)}"
+        for name in {**settings, **others}
+        if others.get(name) != settings.get(name)
     )
 
 
-def settings_of(file: Path) -> Mapping[str, Any]:
-    """Return the settings that a file was made with, or of the run that was stopped; none if they are not known."""
-    try:
-        with open(_journal(file), "rb") as journal:
-            settings: dict[str, Any] = json.loads(journal.readline())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return settings
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "by default"
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _state(image: Path) -> list[int] | None:

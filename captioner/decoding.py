@@ -72,20 +72,20 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if isinstance(self.ban, str):
-            raise InputError(f"ban is a list of words and not the text {self.ban!r}: give [{self.ban!r}].")
+            raise InputError(f"`ban` is a list of words and not the text {self.ban!r}: give [{self.ban!r}].")
         object.__setattr__(self, "ban", tuple(self.ban))
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:  # nor if it is not a number
-                raise InputError(f"{name} is {getattr(self, name)}: give {least} or more.")
+                raise InputError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
         if self.min_words > self.max_words:
             raise InputError(
-                f"min_words {self.min_words} is more than max_words {self.max_words}: lower the first or raise the "
+                f"`min_words` {self.min_words} is more than `max_words` {self.max_words}: lower the first or raise the "
                 "second."
             )
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}: give a share above 0, and 1 to draw from all words.")
+            raise InputError(f"`top_p` is {self.top_p}: give a share above 0, and 1 to draw from all words.")
         if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}: give a number above 0, and 1 to change nothing.")
+            raise InputError(f"`temperature` is {self.temperature}: give a number above 0, and 1 to change nothing.")
         # The seed and the size of the beam may be given always.
         for name, needs, given in (
             ("temperature", "sample", self.sample),
@@ -94,30 +94,32 @@ class Decoding:
             ("diversity", "groups", self.groups > 1),
         ):
             if not given and getattr(self, name) != getattr(Decoding, name):
-                raise InputError(f"{name} has no effect without {needs}: set {needs}, too, or leave it out.")
+                raise InputError(f"`{name}` has no effect without `{needs}`: set `{needs}`, too, or leave it out.")
         if self.sample and self.groups > 1:
-            raise InputError("Captions are drawn (sample) or searched by groups of a beam: leave out one of the two.")
+            raise InputError(
+                "Captions are drawn (`sample`) or searched by `groups` of a beam: leave out one of the two."
+            )
         if not self.sample:
             if self.captions > self.beam_size:
                 raise InputError(
-                    f"A beam of {self.beam_size} does not hold {self.captions} captions: set beam_size to "
+                    f"A beam of {self.beam_size} does not hold {self.captions} captions: set `beam_size` to "
                     f"{self.captions} or more."
                 )
             if self.beam_size % self.groups:
                 raise InputError(
-                    f"{self.groups} groups cannot share out a beam of {self.beam_size}: set beam_size to a multiple "
+                    f"{self.groups} groups cannot share out a beam of {self.beam_size}: set `beam_size` to a multiple "
                     f"of {self.groups}."
                 )
         if len(self.first_words) > self.max_words:
             raise InputError(
-                f"begin_with {self.begin_with!r} is longer than max_words {self.max_words}: shorten the one or raise "
-                "the other."
+                f"`begin_with` {self.begin_with!r} is longer than `max_words` {self.max_words}: shorten the one or "
+                "raise the other."
             )
         for said in self.ban:
             if len(words := tokenize(said)) > 1:
                 raise InputError(f"{said!r} is {len(words)} words to the model and cannot be banned: ban single words.")
             if words and words[0] in self.first_words:
-                raise InputError(f"{said!r} is in both ban and begin_with: take it out of one of them.")
+                raise InputError(f"{said!r} is in both `ban` and `begin_with`: take it out of one of them.")
 
     @property
     def first_words(self) -> list[str]:

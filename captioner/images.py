@@ -288,7 +288,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         behind links too, for names with an image's suffix, hidden ones left out; "-", standard input, and "@list.txt",
         a file, both of one path a line (or with a zero byte after each, as `find -print0` writes them), where relative
         ones start from the current directory; a pattern like "photos/*.jpg" or "photos/**/*.png", whose matches are
-        folders and names with an image's suffix, hidden ones left out. Folders that hold no image are passed over.
+        folders and names with an image's suffix, hidden ones left out. Folders that hold no image are passed over, as
+        among what a shell makes of "holiday/*", if there are images elsewhere.
 
     Returns
     -------
@@ -299,22 +300,24 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises
     ------
     InputError
-        If a path does not exist, a list cannot be read or names nothing that exists, a pattern matches nothing, or one
-        of these comes to no image.
+        If a path does not exist, a list cannot be read or names nothing that exists, a pattern matches nothing, or all
+        of them come to no image.
     """
     found: dict[str, Path] = {}
     real = functools.cache(os.path.realpath)
-    for given in (os.fspath(path) for path in paths):
-        named = list(_named(given))
-        files = [file for path in named for file in (_search(path) if os.path.isdir(path) else [path])]
-        if not files:
-            # Among several that a pattern or a list names, a folder may be empty.
-            what = f"The folder {in_one_line(given)} holds" if named == [Path(given)] else f"{in_one_line(given)} names"
-            raise InputError(f"{what} no image: it needs files ending in {', '.join(_known())}.")
+    empty: list[Path] = []
+    for path in (path for given in paths for path in _named(os.fspath(given))):
+        files = _search(path) if os.path.isdir(path) else [path]
         for file in files:
             # The folder's real path is looked up once for all files in it.
             same = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(file.parent), file.name)
             found.setdefault(same, file)
+        if not files:
+            empty.append(path)
+    if empty and not found:
+        raise InputError(
+            f"The folder {in_one_line(empty[0])} holds no image: it needs files ending in {', '.join(_known())}."
+        )
     return list(found.values())
 
 

@@ -139,7 +139,9 @@ def test_a_folder_is_no_checkpoint(tmp_path):
         (["--format", "csv"], "give --output FILE, too"),
         (["--begin-with", "a red box", "--max-words", "2"], "--begin-with 'a red box' is longer than --max-words 2"),
         (["--top-k", "3"], "--top-k has no effect without --sample: set --sample, too"),
-        (["--overlay", "{folder}"], "is where the images are: give a folder that is for overlays alone"),
+        (["--overlay", "{folder}"], ".png: give a folder of its own"),
+        (["--begin-with", "a sample of ban", "--max-words", "2"], "--begin-with 'a sample of ban' is longer"),
+        (["--diversity", "1"], "--diversity has no effect without --groups: set --groups, too"),
         (["--output", "captions.txt"], "is not known from its name"),
         (["--output", "out", "--format", "xml"], "--format"),
         (["--batch-size", "0"], "--batch-size is 0"),
@@ -245,7 +247,7 @@ def test_sidecars_are_written_once(folder, caption, captions, monkeypatch):
     assert caption(folder, "--sidecar") == (
         0,
         "",
-        "captioner: 1 of 9 images are done already; --overwrite captions them anew.\n",
+        "captioner: 1 of 9 images is done already; --overwrite captions them anew.\n",
     )
     texts = sorted(folder.glob("*.txt"))
     assert [text.read_text() for text in texts] == ["mine", *(f"{text}\n" for text in captions[1:])]
@@ -283,8 +285,51 @@ def test_a_file_of_another_model_is_not_taken_for_complete(folder, caption, tmp_
     assert caption(folder, "--output", out)[0] == 0
     before = out.read_bytes()
     code, _, said = caption(folder, "--output", out, "--captions", 2, "--begin-with", "a")
-    assert code == 2 and "out.jsonl was made with other settings (--begin-with '' and not 'a', --captions 1" in said
-    assert out.read_bytes() == before
+    wanted = "out.jsonl was made with other settings (--begin-with by default and not 'a', --captions by default and "
+    assert code == 2 and wanted in said and out.read_bytes() == before
+    assert caption(folder, "--output", out, "--seed", 3, "--beam-size", 5)[0] == 0  # which make no difference
+    code, _, said = caption(folder, "--output", out, "--overwrite", "--captions", 2)
+    assert (code, said) == (0, "") and out.read_bytes() != before
+
+
+def test_what_is_beside_a_changed_image_changes_with_the_file(folder, caption, tmp_path):
+    flags = ("--output", tmp_path / "out.jsonl", "--sidecar", "--overlay", tmp_path / "overlays")
+    assert caption(folder, *flags)[0] == 0
+    first, *others = sorted(folder.glob("*.png"))
+    first.with_suffix(".txt").write_text("old")
+    others[0].with_suffix(".txt").write_text("mine")
+    Image.new("RGB", (40, 40)).save(first)
+    code, _, said = caption(folder, *flags)
+    assert code == 0 and "8 of 9 images are done already" in said
+    text = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["caption"]
+    assert first.with_suffix(".txt").read_text() == f"{text}\n" and others[0].with_suffix(".txt").read_text() == "mine"
+
+
+def test_a_failure_beside_a_complete_file_counts(folder, caption, tmp_path):
+    flags = ("--output", tmp_path / "out.jsonl")
+    image, state = next(folder.iterdir()), next(folder.iterdir()).stat()
+    assert caption(folder, *flags)[0] == 0
+    image.write_bytes(b"x" * state.st_size)
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    code, _, said = caption(folder, *flags, "--sidecar")
+    assert code == 1 and said.splitlines()[-1] == "captioner: 1 of 9 images could not be read."
+
+
+def test_images_that_are_gone_leave_the_file_and_a_file_of_others_is_left(folder, caption, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert caption(folder, "--output", out)[0] == 0
+    image = next(folder.iterdir())
+    image.rename(tmp_path / "elsewhere.png")
+    code, _, said = caption(folder, "--output", out)
+    assert code == 0 and f"1 image is no longer there: their captions leave {out}" in said
+    assert len(out.read_text().splitlines()) == 8
+    (tmp_path / "elsewhere.png").rename(image)
+    assert "8 of 9 images are done already" in caption(folder, "--output", out)[2]
+    assert len(out.read_text().splitlines()) == 9
+    out.write_text("corrected")
+    code, _, said = caption(folder, "--output", out)
+    assert code == 0 and "out.jsonl was changed since it was written, and is left as it is" in said
+    assert out.read_text() == "corrected"
 
 
 def test_overlays_in_the_folder_that_is_captioned_get_no_captions(folder, caption):
@@ -304,8 +349,12 @@ def test_draws_do_not_depend_on_what_else_is_captioned(folder, caption):
 
 
 def test_overlays_of_one_name_get_numbers(tmp_path):
-    paths = [tmp_path / name for name in ("a/x.png", "b/x.jpg", "c/x-2.png", "d/x.gif", "e/x-2.gif")]
-    assert list(picture_names(paths).values()) == ["x.png", "x-3.png", "x-2.png", "x-4.png", "x-2-2.png"]
+    paths = [tmp_path / name for name in ("a/x.png", "b/x.jpg", "c/y.png", "b/x.gif", "e/한 글.gif")]
+    names = picture_names(paths)
+    assert len(set(names.values())) == 5 and names[paths[2]] == "y.png" and names[paths[4]] == "한 글.png"
+    assert all(re.fullmatch(r"x-[0-9a-f]{8}\.png", names[paths[place]]) for place in (0, 1, 3))
+    more = picture_names([tmp_path / "0" / "x.png", *reversed(paths)])  # no picture becomes another's
+    assert all(more[path] == name for path, name in names.items())
 
 
 def test_a_full_disk_is_one_line(folder, caption, tmp_path, monkeypatch):
@@ -353,7 +402,7 @@ def test_interrupted_it_goes_on_to_the_same_file(name, batches, folder, caption,
 
 
 def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(folder, caption, tmp_path, monkeypatch):
-    faster = iter(["bfloat16", "float32"])
+    faster = iter(["bfloat16", "float32", "no more"])
     monkeypatch.setattr(caption_command, "_faster_precision", lambda device: next(faster))
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     caption(folder, "--output", whole, "--batch-size", 2, "--precision", "bfloat16")
@@ -362,8 +411,7 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(folder, caption, tm
         caption(folder, "--output", out, "--batch-size", 2)
     assert caption(folder, "--output", out, "--batch-size", 2)[0] == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert next(faster) == "float32"  # nobody asked again
-    caption(folder, "--output", out, "--batch-size", 2, "--overwrite", "--precision", "float32")
+    caption(folder, "--output", out, "--batch-size", 2, "--overwrite")  # begins anew, in what is faster now
     assert out.read_bytes() != whole.read_bytes()
 
 
@@ -386,7 +434,7 @@ def test_a_run_with_another_beam_does_not_mix_with_it(folder, caption, tmp_path,
         interrupt_after(patch, 2)
         caption(folder, "--output", out, "--batch-size", 2)
     code, _, said = caption(folder, "--output", out, "--beam-size", 3)
-    assert code == 2 and "(--beam-size 5 and not 3)" in said and said.count("\n") == 1
+    assert code == 2 and "(--beam-size by default and not 3)" in said and said.count("\n") == 1
 
 
 def run(*args):

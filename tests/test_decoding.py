@@ -40,9 +40,10 @@ from captioner.errors import InputError
     ],
 )
 def test_settings_that_cannot_be_are_one_sentence(settings, said):
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError) as error:
         Decoding(**settings)
     text = str(error.value)
+    assert re.search(said, text.replace("`", ""))
     assert text.endswith(".") and not re.search(r"[.!?]\s", text) and "\n" not in text
 
 

@@ -144,7 +144,7 @@ def test_files_to_captions(measure, encoder, photographs, tmp_path, words, beam,
     add_options(parser)
 
     def work():
-        run(understand(parser, [str(photographs[0].parent), *map(str, flags)]), lambda: model)
+        assert run(understand(parser, [str(photographs[0].parent), *map(str, flags)]), lambda: model) == 0
 
     measure(("files", encoder.way, words, beam), work, len(photographs), rounds)
     assert len(out.read_text().splitlines()) == len(photographs)
