@@ -130,7 +130,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the encoder: float32 or bfloat16 (default: the faster one here); what differs is rounding",
     )
     model.add_argument(
-        "--compile", action="store_true", help="compile the encoder: takes half a minute, pays for thousands of images"
+        "--compile", action="store_true", help="compile the model: takes a minute, pays for thousands of images"
     )
     output = parser.add_argument_group("where captions go (by default they are printed: path, tab, caption)")
     output.add_argument("--output", type=Path, metavar="FILE", help=".jsonl, .csv, .json or metadata.jsonl")
@@ -391,13 +391,13 @@ class _Work:
         """Caption images, and hand the captions on batch by batch."""
         import torch
 
-        from captioner.annotator import Annotator
+        from captioner.fast_captioner import FastCaptioner
         from captioner.image_stream import read_images
 
         options = self.options
         compiled_for = options.batch_size if options.compile else None
         options.precision = options.precision or _faster_precision(options.device)
-        annotator = Annotator(model, options.precision, compiled_for=compiled_for)
+        fast = FastCaptioner(model, options.precision, compiled_for=compiled_for)
         with _progress(self.printed) as progress:
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
             for batch in read_images(todo, model.preprocessings, self.options.workers, self.options.batch_size):
@@ -410,12 +410,12 @@ class _Work:
                     else:
                         readable.append((path, pixels))
                 if readable:
-                    annotations = annotator(
-                        [torch.stack(pixels) for pixels in zip(*(pixels for _, pixels in readable), strict=True)]
-                    )
+                    squares = [torch.stack(each) for each in zip(*(pixels for _, pixels in readable), strict=True)]
                     # What is drawn for an image follows from its name, whatever else is captioned with it.
                     numbers = [zlib.crc32(os.fsencode(path.name)) for path, _ in readable]
-                    found = model.caption_annotations(annotations, self.decoding, numbers=numbers)
+                    found = fast.caption_pixels(
+                        squares, self.decoding, numbers=numbers, with_attention=bool(self.pictures)
+                    )
                     for (path, _), captions in zip(readable, found, strict=True):
                         outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
                 for outcome in outcomes.values():

@@ -112,14 +112,18 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
 
     @torch.no_grad()
     def caption_annotations(  # noqa: D102
-        self, annotations: list[Annotations], decoding: Decoding | None = None, *, numbers: Sequence[int] | None = None
+        self,
+        annotations: list[Annotations],
+        decoding: Decoding | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        with_attention: bool = True,
     ) -> list[list[Caption]]:
         decoding = decoding or Decoding()
         with evaluating(*self.captioners):
             memories = self._memories(annotations)
-            found = self._find(memories, decoding, numbers)
-            best = [hypotheses[: decoding.captions] for hypotheses in found]
-            return self.captioners[0].explain(best, memories[0], annotations[0].grid)
+            found = [image[: decoding.captions] for image in self._find(memories, decoding, numbers)]
+            return self.captioners[0].explain(found, memories[0] if with_attention else None, annotations[0].grid)
 
     @torch.no_grad()
     def search(

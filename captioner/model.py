@@ -205,7 +205,7 @@ class Caption:
     score : float
         What the search ranked it by: the log-probability, normalised by length, and less what diversity cost.
     attention : Tensor or None
-        (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention.
+        (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention, or if not wanted.
     grid : tuple of int or None
         (h, w) with h * w == N where the regions are a grid, row by row.
     gates : Tensor or None
@@ -251,7 +251,12 @@ class ImageCaptioner(ABC, Generic[Seen]):
 
     @abstractmethod
     def caption_annotations(
-        self, annotations: Seen, decoding: Decoding | None = None, *, numbers: Sequence[int] | None = None
+        self,
+        annotations: Seen,
+        decoding: Decoding | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        with_attention: bool = True,
     ) -> list[list[Caption]]:
         """Caption images by what :meth:`annotate_pixels` gave.
 
@@ -265,6 +270,8 @@ class ImageCaptioner(ABC, Generic[Seen]):
             How.
         numbers : sequence of int, optional
             Of the images, 0 to B - 1 by default: where captions are drawn, those of one number have the same chances.
+        with_attention : bool
+            Whether captions shall have their attention and gates; the pass is left out if not.
 
         Returns
         -------
@@ -580,13 +587,18 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
 
     @torch.no_grad()
     def caption_annotations(  # noqa: D102
-        self, annotations: Annotations, decoding: Decoding | None = None, *, numbers: Sequence[int] | None = None
+        self,
+        annotations: Annotations,
+        decoding: Decoding | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        with_attention: bool = True,
     ) -> list[list[Caption]]:
         decoding = decoding or Decoding()
         with evaluating(self):
             memory = self.memory(annotations)
-            found = self._find(memory, decoding, numbers)
-            return self.explain([hypotheses[: decoding.captions] for hypotheses in found], memory, annotations.grid)
+            found = [image[: decoding.captions] for image in self._find(memory, decoding, numbers)]
+            return self.explain(found, memory if with_attention else None, annotations.grid)
 
     @torch.no_grad()
     def head_weights(self, image: str | Path | Image.Image, words: Sequence[str]) -> Tensor | None:
@@ -617,7 +629,7 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         return None if weights is None else weights[0, 0, :, :, : len(words)]  # without the look before the end
 
     def explain(
-        self, found: Sequence[Sequence[Hypothesis]], memory: Memory, grid: tuple[int, int] | None
+        self, found: Sequence[Sequence[Hypothesis]], memory: Memory | None, grid: tuple[int, int] | None
     ) -> list[list[Caption]]:
         """Read the attention of finished captions of B images from one teacher-forced pass.
 
@@ -625,17 +637,19 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         ----------
         found : sequence of sequences of Hypothesis
             Of each image.
-        memory : tuple of Tensor
-            What :meth:`memory` gave for the images.
+        memory : tuple of Tensor, optional
+            What :meth:`memory` gave for the images. Without it captions have neither attention nor gates.
         grid : tuple of int or None
             That of the annotations.
         """
-        # Neither the last word nor the end is followed by one that looks.
-        tokens = pad([[[BEGIN, *hypothesis.tokens[:-2]] for hypothesis in image] for image in found])
-        lengths = (tokens != PAD).sum(-1) if self.device.type == "cpu" else None  # see score_words
-        words = self.embed(tokens.to(self.device).flatten(0, 1))
-        _, weights, gates = self.decoder(words, memory, lengths=lengths)
-        weights, gates = (None if part is None else part.float().cpu() for part in (weights, gates))
+        weights = gates = None
+        if memory is not None:
+            # Neither the last word nor the end is followed by one that looks.
+            tokens = pad([[[BEGIN, *hypothesis.tokens[:-2]] for hypothesis in image] for image in found])
+            lengths = (tokens != PAD).sum(-1) if self.device.type == "cpu" else None  # see score_words
+            words = self.embed(tokens.to(self.device).flatten(0, 1))
+            _, weights, gates = self.decoder(words, memory, lengths=lengths)
+            weights, gates = (None if part is None else part.float().cpu() for part in (weights, gates))
         captions: list[list[Caption]] = []
         for image, hypotheses in enumerate(found):
             captions.append([])

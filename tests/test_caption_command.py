@@ -449,7 +449,7 @@ def test_killed_at_twenty_random_moments_every_image_is_there_once(images, best,
         Image.open(images[number % 9]).rotate(number).save(folder / f"{number}.png")
     (folder / "150.png").write_text("no image")
     processes = multiprocessing.get_context("forkserver")  # importing torch is most of what a short run does
-    processes.set_forkserver_preload(["captioner.annotator", "captioner.caption_command", "captioner.cli"])
+    processes.set_forkserver_preload(["captioner.fast_captioner", "captioner.caption_command", "captioner.cli"])
 
     def start(name):
         flags = ("--output", str(tmp_path / name), "--checkpoint", str(best), "--batch-size", "4")

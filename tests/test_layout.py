@@ -40,7 +40,7 @@ LEVELS = {
     ],
     2: ["model", "objectives", "datamodule", "evaluation", "caption_files"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
-    4: ["task", "annotator"],
+    4: ["task", "fast_captioner"],
     5: ["model_card", "caption_command"],
     6: ["training", "study_table"],
     7: ["demo", "study_runs"],

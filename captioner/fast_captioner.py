@@ -1,0 +1,129 @@
+"""A model's captions, made faster: by the precision that the machine multiplies faster, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Generic
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor
+
+from captioner.attention import Annotations, Memory
+from captioner.decoders import State
+from captioner.decoding import Decoding
+from captioner.errors import InputError
+from captioner.model import Caption, ImageCaptioner, Seen
+from captioner.search import StepFunction
+
+SHAPES = 64  # that one function is compiled for: two for each member of an ensemble
+
+
+class FastCaptioner(Generic[Seen]):
+    """Captions many batches of images as an :class:`ImageCaptioner` does, faster.
+
+    Encoders take most of the time, and only they compute in the lower precision. What they give is float32 again, which
+    decoders search by; so captions differ from those of the plain way by the rounding of annotations alone.
+
+    Parameters
+    ----------
+    model : ImageCaptioner
+        Whose encoders and steps are compiled in place, if they are.
+    precision : {"float32", "bfloat16"}
+        Of the encoders' products and convolutions.
+    compiled_for : int, optional
+        Compile the encoders for batches of this size, and the steps of the search for any, with weights as constants.
+        Smaller batches are filled up, as another size would be compiled anew; those of less than half the size take the
+        plain way.
+
+    Raises
+    ------
+    InputError
+        Where the device has no such precision, or, when it is called, where nothing can be compiled.
+    """
+
+    def __init__(self, model: ImageCaptioner[Seen], precision: str, *, compiled_for: int | None = None) -> None:
+        self.model = model
+        self.device = model.captioners[0].device
+        self.precision = getattr(torch, precision)
+        self._lower = self.precision != torch.float32
+        if self._lower and not torch.amp.is_autocast_available(self.device.type):
+            raise InputError(f"The device {self.device} has no {precision}: leave out the precision.")
+        self._size = compiled_for
+        if compiled_for is not None:
+            for captioner in model.captioners:
+                captioner.encoder.compile(dynamic=False)
+                # Its class's, lest one that is compiled already were compiled again.
+                step = MethodType(type(captioner).step, captioner)
+                captioner.step = _compiled(step)  # type: ignore[assignment, method-assign]
+
+    def annotate_pixels(self, pixels: Sequence[Tensor]) -> Seen:
+        """Look at images, see :meth:`ImageCaptioner.annotate_pixels`."""
+        images, size = len(pixels[0]), self._size or 0
+        is_filled = 2 * images >= size
+        lower = torch.autocast(self.device.type, self.precision if self._lower else None, enabled=self._lower)
+        with torch.no_grad(), lower, self._compiling():
+            if images == size or size == 0:
+                return self.model.annotate_pixels(pixels)
+            if is_filled:
+                return _first(self.model.annotate_pixels([_filled(each, size) for each in pixels]), images)
+            with torch.compiler.set_stance("force_eager"):
+                return self.model.annotate_pixels(pixels)
+
+    def caption_pixels(
+        self,
+        pixels: Sequence[Tensor],
+        decoding: Decoding,
+        *,
+        numbers: Sequence[int] | None = None,
+        with_attention: bool = True,
+    ) -> list[list[Caption]]:
+        """Caption images, given as for :meth:`annotate_pixels`; see :meth:`ImageCaptioner.caption_annotations`."""
+        seen = self.annotate_pixels(pixels)
+        with self._compiling():
+            return self.model.caption_annotations(seen, decoding, numbers=numbers, with_attention=with_attention)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        if self._size is None:
+            yield
+            return
+        # Not options of compile(): dynamo reads the settings themselves.
+        constants, shapes = (
+            torch._inductor.config.patch(freezing=True),
+            torch._dynamo.config.patch(recompile_limit=SHAPES),
+        )
+        try:
+            with constants, shapes:
+                yield
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"The model cannot be compiled here ({reason}): see that a C++ compiler is installed, or do without."
+            ) from error
+
+
+def _compiled(step: StepFunction) -> StepFunction:
+    fast: StepFunction = torch.compile(step, dynamic=True)
+
+    def faster(words: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
+        # For one image it would be compiled by itself: sizes of one are no sizes like others, nor are other strides.
+        return (fast if len(memory[0]) > 1 else step)(words.contiguous(), memory, state)
+
+    return faster
+
+
+def _filled(pixels: Tensor, size: int) -> Tensor:
+    """Repeat the last image until there are so many."""
+    return torch.cat((pixels, pixels[-1:].expand(size - len(pixels), *pixels.shape[1:])))
+
+
+def _first(seen: Seen, images: int) -> Seen:
+    """Keep what was seen of so many images."""
+    if isinstance(seen, Annotations):
+        mask = None if seen.mask is None else seen.mask[:images]
+        return seen._replace(values=seen.values[:images], mask=mask)
+    return [_first(each, images) for each in seen]  # type: ignore[attr-defined, return-value]
