@@ -23,7 +23,15 @@ from captioner.decoding import Decoding
 from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing
-from captioner.model import Caption, Captioner, ImageCaptioner, describe, evaluating, find_captions
+from captioner.model import (
+    Caption,
+    Captioner,
+    ImageCaptioner,
+    attend_together,
+    describe,
+    evaluating,
+    find_captions,
+)
 from captioner.search import Hypothesis
 from captioner.vocabulary import Vocabulary
 
@@ -120,6 +128,9 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
             found = self._find(memories, decoding, numbers)
             best = [hypotheses[: decoding.captions] for hypotheses in found]
             return self.captioners[0].explain(best, memories[0], annotations[0].grid)
+
+    def attend_annotations(self, annotations: list[Annotations], captions: Sequence[str]) -> list[Caption]:  # noqa: D102
+        return attend_together(self.captioners, annotations, captions)
 
     @torch.no_grad()
     def search(
