@@ -79,7 +79,7 @@ def attention_map(
         If the caption carries no attention, its regions are not a grid, or there is no such view.
     """
     width, height = image_size
-    return _spread(_weights(caption)[word], (height, width), preprocessing.visible_box(width, height), view)
+    return _spread(region_weights(caption)[word], (height, width), preprocessing.visible_box(width, height), view)
 
 
 def relative_entropy(caption: Caption) -> NDArray[np.float64]:
@@ -101,11 +101,12 @@ def relative_entropy(caption: Caption) -> NDArray[np.float64]:
     InputError
         If the caption carries no attention or its regions are not a grid.
     """
-    weights = _weights(caption).reshape(len(caption.words), -1)
+    weights = region_weights(caption).reshape(len(caption.words), -1)
     if weights.shape[1] == 1:
         return np.ones(len(weights))
     entropy: NDArray[np.float64] = -(weights * np.log(weights, out=np.zeros_like(weights), where=weights > 0)).sum(1)
-    return (entropy / np.log(weights.shape[1])).clip(0, 1)
+    entropy /= np.log(weights.shape[1])
+    return entropy.clip(0, 1)
 
 
 def draw_overlay(
@@ -213,7 +214,7 @@ def make_figure(
     FontWarning
         If no installed font has some of the caption's letters.
     """
-    weights, entropies = _weights(caption), relative_entropy(caption)
+    weights, entropies = region_weights(caption), relative_entropy(caption)
     scale = PANEL / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     size = width * detail, height * detail
@@ -260,16 +261,14 @@ def make_figure(
         warnings.warn(hint, FontWarning, stacklevel=2)
 
     def show(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> None:
-        place = Bbox.from_bounds(x / total_width, 1 - (y + height) / total_height, *_over(width, height))
+        left, bottom = x / total_width, 1 - (y + height) / total_height
+        place = Bbox.from_bounds(left, bottom, width / total_width, height / total_height)
         picture = BboxImage(TransformedBbox(place, figure.transFigure), interpolation="nearest")
         picture.set_data(pixels)
         figure.add_artist(picture)
 
-    def _over(width: int, height: int) -> tuple[float, float]:
-        return width / total_width, height / total_height
-
     def write(
-        text: str, x: float, y: int, points: float, colour: str = INK, weight: str = "normal", **more: str
+        text: str, x: float, y: int, points: float, colour: str = INK, weight: str = "normal", **more: Any
     ) -> None:
         label = figure.text(x / total_width, 1 - y / total_height, text, verticalalignment="top", **more)
         label.set(size=points, color=colour, weight=weight, family=families)
@@ -296,7 +295,7 @@ def make_figure(
     return figure
 
 
-def _weights(caption: Caption) -> NDArray[np.float64]:
+def region_weights(caption: Caption) -> NDArray[np.float64]:
     """Take the caption's attention as (T, h, w)."""
     if caption.attention is None:
         raise InputError("This caption carries no attention to draw: caption with a decoder that attends to regions.")
@@ -348,7 +347,8 @@ def _interpolation(length: int, start: float, stop: float, cells: int) -> NDArra
 def _muted(photograph: NDArray[np.float32]) -> NDArray[np.float32]:
     """Take light and colour from a photograph, (height, width, 3) in 0..255, so that maps stand out."""
     grey = photograph.mean(axis=-1, keepdims=True)
-    return 0.65 * (0.6 * photograph + 0.4 * grey)
+    muted: NDArray[np.float32] = 0.65 * (0.6 * photograph + 0.4 * grey)
+    return muted
 
 
 def _unseen(photograph: NDArray[np.float32], stripe: int) -> NDArray[np.float32]:
