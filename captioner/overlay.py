@@ -101,11 +101,11 @@ def relative_entropy(caption: Caption) -> NDArray[np.float64]:
     InputError
         If the caption carries no attention or its regions are not a grid.
     """
-    weights = region_weights(caption).reshape(len(caption.words), -1)
-    if weights.shape[1] == 1:
-        return np.ones(len(weights))
-    entropy: NDArray[np.float64] = -(weights * np.log(weights, out=np.zeros_like(weights), where=weights > 0)).sum(1)
-    entropy /= np.log(weights.shape[1])
+    words, height, width = (weights := region_weights(caption)).shape
+    if height * width == 1:
+        return np.ones(words)
+    logarithms = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    entropy: NDArray[np.float64] = -(weights * logarithms).sum((1, 2)) / np.log(height * width)
     return entropy.clip(0, 1)
 
 

@@ -239,7 +239,9 @@ class _Overlays:
         from captioner.model import unknown_words
         from captioner.tokens import tokenize
 
-        if unknown := self.model.captioners[0].vocabulary.unknown(tokenize(caption)):
+        words = tokenize(caption)
+        unknown = self.model.captioners[0].vocabulary.unknown(words)
+        if 0 < len(unknown) < len(set(words)):  # where none is known, that is an error
             say(unknown_words(unknown), self.progress)
 
     def _fail(self, error: InputError) -> None:

@@ -199,6 +199,8 @@ function listenTo(article) {
     });
   }
   const stage = article.querySelector(".stage");
+  const [width, height] = geometry(article).size;
+  stage.style.maxWidth = `calc(60vh * ${width / height})`; // so that its words are on the screen, too
   let place = [0.5, 0.5];
   const pointed = (event) => {
     const { left, top, width, height } = stage.getBoundingClientRect();

@@ -28,10 +28,10 @@ BYTES = 120_000  # of it, at most: a hundred with all their weights stay below 2
 FINE = 480  # pixels that a map has at least: a tiny photograph is enlarged, and its map drawn in detail
 STEPS = 65_535  # from 0 to a word's largest weight
 
+HINT = "Point at a word to see where the model looked while saying it, or at an image to see which words looked there."
 HELP = (
-    "Hover, tap or focus a word to see where the model looked while saying it; a click or Enter keeps it, Escape lets "
-    "go, arrow keys go from word to word. Point at an image, or focus it and use the arrow keys, to see which words "
-    "looked there. β: how much a word draws on the image. H: the entropy of its map, 0 for one region, 1 for evenly "
+    "A click, a tap or Enter keeps a word, Escape lets go; arrow keys go from word to word, or over an image with "
+    "the focus. β: how much a word draws on the image. H: the entropy of its map, 0 for one region, 1 for evenly "
     "spread. Striped: cropped away, not seen."
 )
 
@@ -126,7 +126,7 @@ def _page(
 <span id="most">{most}</span></div>
 <button type="button" id="theme">Dark or light</button>
 </div>
-<p class="help">{HELP}</p>
+<details class="help"><summary>{HINT}</summary><p>{HELP}</p></details>
 <noscript><p>The maps need JavaScript, which this page brings, to be allowed in the browser.</p></noscript>
 <main data-colours="{_base64(COLOURS.tobytes())}">
 """
