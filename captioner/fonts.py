@@ -28,7 +28,7 @@ MISSING = {
     "HIRAGANA": ("Japanese", *CJK),
     "KATAKANA": ("Japanese", *CJK),
     "CJK": ("Han", *CJK),
-    "EMOJI": ("emoji", "Symbola (fonts of coloured ones cannot be drawn)", "fonts-symbola"),
+    "EMOJI": ("emoji", "Symbola, since coloured ones are not drawn,", "fonts-symbola"),
 }
 
 

@@ -65,7 +65,8 @@ def attention_map(
         The one that the caption was made with; of an ensemble, the first member's.
     view
         "smooth": the weights stand at the centres of their regions (`Preprocessing.region_boxes`) and are interpolated
-        between them by cubic convolution (Keys, 1981), negative overshoot removed. "raw": each weight is spread evenly
+        between them by cubic convolution (Keys, 1981), negative overshoot removed; the largest of them is the map's
+        peak at the border of the grid, too. "raw": each weight is spread evenly
         over its region.
 
     Returns
@@ -218,7 +219,10 @@ def make_figure(
     scale = PANEL / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     size = width * detail, height * detail
-    box = tuple(edge * scale * detail for edge in preprocessing.visible_box(*image.size))
+    # Each axis by its own scale: both are rounded to whole pixels.
+    box = tuple(
+        edge * size[axis % 2] / image.size[axis % 2] for axis, edge in enumerate(preprocessing.visible_box(*image.size))
+    )
     photograph = np.asarray(to_rgb(image).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     seen = _spread(np.ones((1, 1)), size[::-1], box, "raw")
     # In even shares: what a pixel has of the attention, over what it would have if all that was seen had the same. So
@@ -315,7 +319,8 @@ def _spread(
     coefficients = _interpolation if view == "smooth" else _blocks
     rows = coefficients(shape[0], top, bottom, weights.shape[0])
     columns = coefficients(shape[1], left, right, weights.shape[1])
-    spread: NDArray[np.float64] = (rows @ weights @ columns.T).clip(min=0)
+    cells = _bordered(weights) if view == "smooth" else weights
+    spread: NDArray[np.float64] = (rows @ cells @ columns.T).clip(min=0)
     spread /= spread.sum()
     return spread
 
@@ -326,17 +331,33 @@ def _blocks(length: int, start: float, stop: float, cells: int) -> NDArray[np.fl
     return (np.minimum(pixels + 1, edges[1:]) - np.maximum(pixels, edges[:-1])).clip(min=0)
 
 
+def _bordered(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Put (h, w) weights into a border of cells, (h + 2, w + 2).
+
+    Were they the outermost weights once more, the cubic through a peak in the outermost region would rise on towards
+    the edge of the image, away from the second strongest region. The lesser of the two outermost keeps it in place.
+    """
+    bordered = np.pad(weights, 1, mode="edge")
+    for cells in (bordered, bordered.T):
+        if len(cells) > 3:
+            cells[0], cells[-1] = np.minimum(cells[1], cells[2]), np.minimum(cells[-2], cells[-3])
+    return bordered
+
+
 def _interpolation(length: int, start: float, stop: float, cells: int) -> NDArray[np.float64]:
-    """Give the (length, cells) coefficients of cubic convolution from cells between start and stop to pixels."""
+    """Give the coefficients of cubic convolution from cells between start and stop, and a border, to pixels.
+
+    They are (length, cells + 2).
+    """
     centres = np.arange(length) + 0.5
     position = (centres - start) / (stop - start) * cells - 0.5  # in cells, 0 at the centre of the first
     first = np.floor(position).astype(int) - 1
-    coefficients = np.zeros((length, cells))
+    coefficients = np.zeros((length, cells + 2))
     for neighbour in range(4):
         distance = np.abs(position - first - neighbour)
         near = (1.5 * distance - 2.5) * distance**2 + 1
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-        at = (first + neighbour).clip(0, cells - 1)  # beyond the edge the last cell goes on
+        at = (first + neighbour + 1).clip(0, cells + 1)  # beyond the border it goes on
         np.add.at(coefficients, (np.arange(length), at), np.where(distance <= 1, near, far))
     # A pixel counts by the part of it that lies inside, so that the thinnest box still covers something.
     inside = (np.minimum(centres + 0.5, stop) - np.maximum(centres - 0.5, start)).clip(min=0)

@@ -14,26 +14,42 @@ function chosen(name) {
   return document.querySelector(`input[name=${name}]:checked`).value;
 }
 
-// How much each cell between start and stop counts for each pixel: (length, cells), row by row.
+// How much each cell between start and stop counts for each pixel, row by row: (length, cells), or with a border
+// (length, cells + 2) where the view is smooth.
 function coefficients(view, length, start, stop, cells) {
-  const found = new Float64Array(length * cells);
+  const across = view === "raw" ? cells : cells + 2;
+  const found = new Float64Array(length * across);
   for (let pixel = 0; pixel < length; pixel++) {
     const inside = Math.max(Math.min(pixel + 1, stop) - Math.max(pixel, start), 0);
     if (view === "raw") {
       const side = (stop - start) / cells;
       for (let cell = 0; cell < cells; cell++) {
         const [from, to] = [start + cell * side, start + (cell + 1) * side];
-        found[pixel * cells + cell] = Math.max(Math.min(pixel + 1, to) - Math.max(pixel, from), 0);
+        found[pixel * across + cell] = Math.max(Math.min(pixel + 1, to) - Math.max(pixel, from), 0);
       }
     } else if (inside > 0) {
-      // Cubic convolution (Keys, 1981); beyond the edge the last cell goes on.
+      // Cubic convolution (Keys, 1981); beyond the border it goes on.
       const position = ((pixel + 0.5 - start) / (stop - start)) * cells - 0.5;
       const first = Math.floor(position) - 1;
       for (let cell = first; cell < first + 4; cell++) {
         const d = Math.abs(position - cell);
         const share = d <= 1 ? (1.5 * d - 2.5) * d * d + 1 : ((-0.5 * d + 2.5) * d - 4) * d + 2;
-        found[pixel * cells + Math.min(Math.max(cell, 0), cells - 1)] += share * inside;
+        found[pixel * across + Math.min(Math.max(cell + 1, 0), cells + 1)] += share * inside;
       }
+    }
+  }
+  return found;
+}
+
+// The weights in a border of cells: in each the lesser of the two outermost weights, so that peaks stay in place.
+function bordered(weights, h, w) {
+  const clamp = (at, cells) => Math.min(Math.max(at, 0), cells - 1);
+  const lesser = (at, cells, value) =>
+    at >= 0 && at < cells ? value(at) : Math.min(value(clamp(at, cells)), value(clamp(at < 0 ? 1 : cells - 2, cells)));
+  const found = new Float64Array((h + 2) * (w + 2));
+  for (let i = -1; i <= h; i++) {
+    for (let j = -1; j <= w; j++) {
+      found[(i + 1) * (w + 2) + j + 1] = lesser(i, h, (y) => lesser(j, w, (x) => weights[y * w + x]));
     }
   }
   return found;
@@ -43,6 +59,7 @@ function coefficients(view, length, start, stop, cells) {
 function spread(weights, [h, w], [width, height], box, view) {
   const rows = coefficients(view, height, box[1], box[3], h);
   const columns = coefficients(view, width, box[0], box[2], w);
+  if (view !== "raw") [weights, h, w] = [bordered(weights, h, w), h + 2, w + 2];
   const found = new Float64Array(width * height);
   const across = new Float64Array(w);
   let sum = 0;
@@ -132,16 +149,25 @@ function say(article, text) {
   article.querySelector(".numbers").textContent = text;
 }
 
+// What is pointed at is told until something else is asked for.
 function show(article, word) {
   for (const each of wordsOf(article)) each.classList.toggle("shown", each === word);
   article.classList.toggle("lit", word !== null);
-  if (word !== null) {
-    paint(article, word);
-    const top = topOf(article, word).toFixed(1);
-    say(article, `${word.dataset.said}. Brightest: ${top} times an even share.`);
-  } else {
-    say(article, "");
+  if (word !== null) paint(article, word);
+  if (article.querySelector(".marker").hidden) {
+    const brightest = () => `Brightest: ${topOf(article, word).toFixed(1)} times an even share.`;
+    say(article, word === null ? "" : `${word.dataset.said}. ${brightest()}`);
   }
+}
+
+function unpoint(article) {
+  for (const word of wordsOf(article)) word.style.removeProperty("--heat");
+  article.querySelector(".marker").hidden = true;
+}
+
+function ask(article, word) {
+  unpoint(article);
+  show(article, word);
 }
 
 function pinned(article) {
@@ -150,7 +176,7 @@ function pinned(article) {
 
 function pin(article, word) {
   for (const each of wordsOf(article)) each.setAttribute("aria-pressed", each === word);
-  show(article, word);
+  ask(article, word);
 }
 
 // The other way round: x and y are shares of the image's width and height.
@@ -174,16 +200,14 @@ function point(article, x, y) {
 }
 
 function leave(article) {
-  for (const word of wordsOf(article)) word.style.removeProperty("--heat");
-  article.querySelector(".marker").hidden = true;
-  show(article, pinned(article));
+  ask(article, pinned(article));
 }
 
 function listenTo(article) {
   for (const word of wordsOf(article)) {
-    word.addEventListener("pointerenter", () => show(article, word));
+    word.addEventListener("pointerenter", () => ask(article, word));
     word.addEventListener("pointerleave", () => show(article, pinned(article)));
-    word.addEventListener("focus", () => show(article, word));
+    word.addEventListener("focus", () => ask(article, word));
     word.addEventListener("blur", () => show(article, pinned(article)));
     word.addEventListener("click", () => pin(article, word === pinned(article) ? null : word));
     word.addEventListener("keydown", (event) => {
