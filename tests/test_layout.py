@@ -116,6 +116,8 @@ def python(code):
         ".cli",
         ".caption_files",
         ".caption_command",
+        ".fonts",
+        ".overlay_command",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module):
