@@ -83,7 +83,7 @@ def test_an_image_becomes_a_figure(overlay, photos, tmp_path, form, beginning):
 
 
 def test_a_pdf_has_a_page_for_each_image(overlay, photos, tmp_path):
-    assert overlay(photos, "--output", tmp_path / "figure.pdf") == (0, "")
+    assert overlay(photos, "--output", tmp_path / "figure.pdf", "--max-words", 3) == (0, "")
     assert len(re.findall(rb"/Type /Page\b", (tmp_path / "figure.pdf").read_bytes())) == 3
 
 
