@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from captioner.images import Preprocessing
     from captioner.metrics import score_captions
     from captioner.model import Caption, Captioner
-    from captioner.overlay import draw_overlay
+    from captioner.overlay import attention_map, draw_overlay, make_figure
+    from captioner.overlay_page import PageImage, write_page
     from captioner.task import CaptioningTask
 
     __version__: str
@@ -32,9 +33,13 @@ __all__ = [
     "Flickr8k",
     "ImageFolder",
     "InputError",
+    "PageImage",
     "Preprocessing",
+    "attention_map",
     "draw_overlay",
+    "make_figure",
     "score_captions",
+    "write_page",
 ]
 
 _MODULES = {
@@ -48,9 +53,13 @@ _MODULES = {
     "Flickr8k": "annotation_files",
     "ImageFolder": "annotation_files",
     "InputError": "errors",
+    "PageImage": "overlay_page",
     "Preprocessing": "images",
+    "attention_map": "overlay",
     "draw_overlay": "overlay",
+    "make_figure": "overlay",
     "score_captions": "metrics",
+    "write_page": "overlay_page",
 }
 
 

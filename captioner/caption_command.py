@@ -7,10 +7,11 @@ import hashlib
 import os
 import re
 import sys
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from captioner.output_files import check_writable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from captioner.decoding import Decoding
     from captioner.ensemble import Ensemble
     from captioner.model import Captioner
 
@@ -148,6 +150,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prefix", dest="before", metavar="TEXT", help="before each caption in it, as it is, spaces too"
     )
     output.add_argument("--suffix", dest="after", metavar="TEXT", help="after it")
+    add_decoding(parser)
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Define the options that say how captions are found."""
     decoding = parser.add_argument_group("decoding")
     for flag in DECODING:
         kind: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}
@@ -170,19 +177,7 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
     InputError
         Where they do not fit together.
     """
-    # What stands after -- is a path, though it begin with a dash; parse_intermixed_args takes it for options.
-    before, after = (list(args), []) if "--" not in args else (args[: args.index("--")], args[args.index("--") + 1 :])
-    options = parser.parse_intermixed_args(list(before))
-    options.paths += after
-    members = []
-    for first, *others in options.checkpoint:
-        members.append(first)
-        for path in others:
-            if path.suffix == first.suffix and not path.is_dir():
-                members.append(path)
-            else:
-                options.paths.append(str(path))
-    options.checkpoint = members
+    options = parse(parser, args)
     if options.sidecar is not None and not re.fullmatch(r"\.\w+", options.sidecar):
         options.paths.append(options.sidecar)
         options.sidecar = ".txt"
@@ -201,6 +196,28 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
     if options.output is not None:
         check_writable(options.output)
         options.format = options.format or format_of(options.output)
+    return options
+
+
+def parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments of which some are paths, and some follow --checkpoint, which takes several.
+
+    A checkpoint that cannot be meant to be one is given back as a path: a folder, or what ends otherwise than the
+    first.
+    """
+    # What stands after -- is a path, though it begin with a dash; parse_intermixed_args takes it for options.
+    before, after = (list(args), []) if "--" not in args else (args[: args.index("--")], args[args.index("--") + 1 :])
+    options = parser.parse_intermixed_args(list(before))
+    options.paths += after
+    members = []
+    for first, *others in options.checkpoint:
+        members.append(first)
+        for path in others:
+            if path.suffix == first.suffix and not path.is_dir():
+                members.append(path)
+            else:
+                options.paths.append(str(path))
+    options.checkpoint = members
     return options
 
 
@@ -224,15 +241,9 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
     InputError
         Where an option, a checkpoint or a file cannot be used.
     """
-    from captioner.decoding import Decoding
     from captioner.images import find_images
 
-    given = {flag.field: value for flag in DECODING if (value := getattr(options, flag.field, None)) is not None}
-    try:
-        decoding = Decoding(**given)
-    except InputError as error:
-        raise InputError(_in_flags(str(error))) from error
-    work = _Work(options, find_images(options.paths), decoding)
+    work = _Work(options, find_images(options.paths), decoding_of(options))
     with ExitStack() as held:
         todo = work.begin(held)
         try:
@@ -242,6 +253,23 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
         except KeyboardInterrupt:
             say(work.interrupted())
             return 130
+
+
+def decoding_of(options: argparse.Namespace) -> Decoding:
+    """Return how captions are to be found, by the options of `add_decoding`.
+
+    Raises
+    ------
+    InputError
+        Where they do not fit together.
+    """
+    from captioner.decoding import Decoding
+
+    given = {flag.field: value for flag in DECODING if (value := getattr(options, flag.field, None)) is not None}
+    try:
+        return Decoding(**given)
+    except InputError as error:
+        raise InputError(_in_flags(str(error))) from error
 
 
 def _in_flags(sentence: str) -> str:
@@ -261,6 +289,26 @@ def say(sentence: str, progress: Progress | None = None) -> None:
         progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
     else:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def saying_of_fonts(progress: Progress | None = None) -> Iterator[None]:
+    """Print what is to be said of fonts as the command's own sentence, once."""
+    from captioner.fonts import FontWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FontWarning)
+        others, said = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, FontWarning):
+                others(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                say(str(message), progress)
+
+        warnings.showwarning = show
+        yield
 
 
 class _Work:
@@ -398,7 +446,7 @@ class _Work:
         compiled_for = options.batch_size if options.compile else None
         options.precision = options.precision or _faster_precision(options.device)
         fast = FastCaptioner(model, options.precision, compiled_for=compiled_for)
-        with _progress(self.printed) as progress:
+        with progress_bar(self.printed) as progress, saying_of_fonts(progress) if self.pictures else nullcontext():
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
             for batch in read_images(todo, model.preprocessings, self.options.workers, self.options.batch_size):
                 outcomes: dict[Path, Outcome] = {}
@@ -527,8 +575,8 @@ def _printable(path: Path) -> str:
     return in_one_line(path).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _progress(printed: bool) -> Progress:
-    """Return a bar for a terminal. Captions that go into a file or a pipe are kept out of it."""
+def progress_bar(printed: bool) -> Progress:
+    """Return a bar for a terminal. Captions that are printed go above it, or into a file or a pipe without it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
     from rich.text import Text

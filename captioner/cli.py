@@ -29,6 +29,7 @@ Captions images, and shows where each word came from.
 
   captioner demo                  train, score, caption and overlay on drawn scenes, in minutes on a CPU
   captioner caption PATH...       caption images with a trained checkpoint
+  captioner overlay IMAGE...      see what a checkpoint looks at, as a page or a figure
   captioner fit                   train
   captioner validate, test        score a checkpoint on a split
   captioner cache                 build, list and clear the cached annotations of frozen encoders
@@ -81,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "validate": _train,
         "test": _train,
         "caption": _caption,
+        "overlay": _overlay,
         "demo": _demo,
         "faithfulness": _faithfulness,
         "score": _score,
@@ -230,6 +232,19 @@ def _caption(args: Sequence[str]) -> int:
     add_options(parser)
     if {"-h", "--help"} & set(args):
         print(parser.format_help() if "all" in args else CAPTION_HELP, end="")
+        return 0
+    options = understand(parser, args[1:])
+    return run(options, lambda: _open_together(options))
+
+
+def _overlay(args: Sequence[str]) -> int:
+    from captioner.overlay_command import HELP as OVERLAY_HELP
+    from captioner.overlay_command import add_options, run, understand
+
+    parser = _parser("overlay", "Show what a model looks at.", add_help=False)
+    add_options(parser)
+    if {"-h", "--help"} & set(args):
+        print(parser.format_help() if "all" in args else OVERLAY_HELP, end="")
         return 0
     options = understand(parser, args[1:])
     return run(options, lambda: _open_together(options))

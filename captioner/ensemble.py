@@ -23,7 +23,15 @@ from captioner.decoding import Decoding
 from captioner.encoders import Encoder, ForeignEncoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing
-from captioner.model import Caption, Captioner, ImageCaptioner, describe, evaluating, find_captions
+from captioner.model import (
+    Caption,
+    Captioner,
+    ImageCaptioner,
+    attend_together,
+    describe,
+    evaluating,
+    find_captions,
+)
 from captioner.search import Hypothesis
 from captioner.vocabulary import Vocabulary
 
@@ -124,6 +132,9 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
             memories = self._memories(annotations)
             found = [image[: decoding.captions] for image in self._find(memories, decoding, numbers)]
             return self.captioners[0].explain(found, memories[0] if with_attention else None, annotations[0].grid)
+
+    def attend_annotations(self, annotations: list[Annotations], captions: Sequence[str]) -> list[Caption]:  # noqa: D102
+        return attend_together(self.captioners, annotations, captions)
 
     @torch.no_grad()
     def search(

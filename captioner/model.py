@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -203,7 +204,8 @@ class Caption:
     log_probability : float
         The model's natural log-probability of the words and the end after them.
     score : float
-        What the search ranked it by: the log-probability, normalised by length, and less what diversity cost.
+        What the search ranked it by: the log-probability, normalised by length, and less what diversity cost. Of a
+        caption that was given and not found, the log-probability.
     attention : Tensor or None
         (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention, or if not wanted.
     grid : tuple of int or None
@@ -284,6 +286,47 @@ class ImageCaptioner(ABC, Generic[Seen]):
             Where captions are to begin with a word that the model does not know, or its scores are not numbers.
         """
 
+    @abstractmethod
+    def attend_annotations(self, annotations: Seen, captions: Sequence[str]) -> list[Caption]:
+        """Do for B images, and a caption for each, what :meth:`attend` does, by what :meth:`annotate_pixels` gave.
+
+        Words that the model does not know are read as ``<unk>`` without a warning: `Vocabulary.unknown` finds them.
+        """
+
+    def attend(self, image: ImageSource, caption: str) -> Caption:
+        """Tell where the model looks while it says a given caption, whoever wrote it.
+
+        All is read from one teacher-forced pass.
+
+        Parameters
+        ----------
+        image : image
+            One of those that :meth:`caption` takes.
+        caption : str
+            To be cut into words as the captions of training were (`captioner.tokens.tokenize`): lower case, without
+            punctuation. A word that the model does not know is read as ``<unk>``, and warned of: it says little where
+            the model would look for that word.
+
+        Returns
+        -------
+        Caption
+            Its `words` are those that were given, also where the model does not know them, its `log_probability` is
+            that of saying them, with ``<unk>`` in place of the unknown ones, and so is its `score`.
+
+        Raises
+        ------
+        InputError
+            Where the image cannot be read, the caption has no word that the model knows, or it has more words than the
+            decoder's positions reach.
+        """
+        vocabulary = self.captioners[0].vocabulary
+        opened = _open_image(image, 0)
+        seen = self.annotate_pixels([preprocessing.pixels(opened)[None] for preprocessing in self.preprocessings])
+        (attended,) = self.attend_annotations(seen, [caption])
+        if unknown := vocabulary.unknown(attended.words):
+            warnings.warn(unknown_words(unknown), stacklevel=2)
+        return attended
+
     def caption(
         self,
         images: Iterable[ImageSource] | ImageSource,
@@ -357,6 +400,47 @@ class ImageCaptioner(ABC, Generic[Seen]):
             numbers = range(first, first + len(opened))
             yield from self.caption_annotations(self.annotate_pixels(pixels), decoding, numbers=numbers)
             first += len(opened)
+
+
+def unknown_words(words: Sequence[str]) -> str:
+    """Return what is said of words in a given caption that the model does not know."""
+    named = ", ".join(map(repr, words))
+    return f"The model does not know {named}, and reads <unk> there: of these words its attention says little."
+
+
+@torch.no_grad()
+def attend_together(
+    members: Sequence[Captioner], annotations: Sequence[Annotations], captions: Sequence[str]
+) -> list[Caption]:
+    """Do for members of an ensemble, given the annotations of each, what :meth:`ImageCaptioner.attend` does.
+
+    The attention is the first member's.
+    """
+    vocabulary = members[0].vocabulary
+    said = [tokenize(caption) for caption in captions]
+    for caption, words in zip(captions, said, strict=True):
+        if len(vocabulary.unknown(words)) == len(set(words)):
+            raise InputError(
+                f"The caption {caption!r} has no word that the model knows: give it words of the captions that it was "
+                "trained on."
+            )
+    tokens = pad([[vocabulary.encode(words, max_words=len(words))] for words in said]).to(members[0].device)
+    following = tokens[..., 1:, None]  # (B, 1, T + 1, 1)
+    with evaluating(*members):
+        passes = [
+            member(seen, tokens, need_weights=member is members[0])
+            for member, seen in zip(members, annotations, strict=True)
+        ]
+    chosen = torch.stack([logits.double().log_softmax(-1).gather(-1, following) for logits, _, _ in passes])
+    mean = (chosen.logsumexp(0) - math.log(len(members))).masked_fill(following == PAD, 0)
+    _, weights, gates = passes[0]
+    weights, gates = (None if part is None else part.float().cpu() for part in (weights, gates))
+    attended = []
+    for row, (words, log_probability) in enumerate(zip(said, mean.flatten(1).sum(1).tolist(), strict=True)):
+        seen, opened = (None if part is None else part[row, 0, : len(words)] for part in (weights, gates))
+        grid = annotations[0].grid
+        attended.append(Caption(detokenize(words), words, log_probability, log_probability, seen, grid, opened))
+    return attended
 
 
 def _is_one(images: object) -> bool:
@@ -599,6 +683,9 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
             memory = self.memory(annotations)
             found = [image[: decoding.captions] for image in self._find(memory, decoding, numbers)]
             return self.explain(found, memory if with_attention else None, annotations.grid)
+
+    def attend_annotations(self, annotations: Annotations, captions: Sequence[str]) -> list[Caption]:  # noqa: D102
+        return attend_together([self], [annotations], captions)
 
     @torch.no_grad()
     def head_weights(self, image: str | Path | Image.Image, words: Sequence[str]) -> Tensor | None:

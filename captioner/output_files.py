@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from captioner.errors import InputError
@@ -36,19 +36,34 @@ def write_parts(path: Path, parts: Iterable[str], to_disk: bool = False) -> None
     InputError
         If it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as unfinished:
         # Half characters, such as a file's name may hold, stand in JSON as its own escapes.
         with open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.writelines(parts)
             if to_disk:
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a file to be made, which takes the place of `path` at the end, or goes if there is an error.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        yield unfinished
         os.replace(unfinished, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             unfinished.unlink()
-        raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
+        if isinstance(error, OSError):
+            raise InputError(f"The file {path} cannot be written ({error.strerror}): write elsewhere.") from error
+        raise
 
 
 def check_writable(path: Path) -> None:

@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
-import textwrap
-from typing import TYPE_CHECKING, Any
+import unicodedata
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
-from matplotlib.transforms import IdentityTransform
+from matplotlib.image import BboxImage
+from matplotlib.transforms import Bbox, TransformedBbox
 from numpy.typing import NDArray
 from PIL import Image
 
 from captioner.errors import InputError
+from captioner.fonts import FontWarning, find_fonts
 from captioner.images import Preprocessing, to_rgb
 
 if TYPE_CHECKING:
     from captioner.model import Caption
 
-# Pixels of the picture.
+View: TypeAlias = Literal["smooth", "raw"]
+
+# Lengths of the picture, in pixels at 100 to the inch.
 PANEL = 250  # the longer side of each panel
+NARROWEST = 200  # of the place for a panel: its word needs room, however narrow the image
 MAX_COLUMNS = 6
 MARGIN = 24  # around everything
 GAP = 14  # between panels
 LABEL = 54  # below a panel: the word and its numbers
 TITLE = 32  # a line of the title
 NOTE = 18  # a line of the note
-SCALE = 112  # the colour scale beside the note
+SCALE = 150  # the colour scale beside the note
+STRIPE = 5  # of what was not seen
 DPI = 100
 
-COLOURS = colormaps["inferno"]
+COLOURS = (colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3), from none to most
 INK, FAINT_INK = "#1b1b1f", "#6f6f78"
-# matplotlib's own font has no letters of these scripts; whichever of the usual ones is installed helps out.
-FALLBACK_FONTS = (
-    *("Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans KR", "NanumGothic", "Malgun Gothic"),
-    *("Apple SD Gothic Neo", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "WenQuanYi Zen Hei"),
-    *("Noto Sans Devanagari", "Noto Sans Thai", "Noto Sans", "Arial Unicode MS", "Droid Sans Fallback", "Unifont"),
-)
 
 
 def attention_map(
-    caption: Caption, word: int, image_size: tuple[int, int], preprocessing: Preprocessing
+    caption: Caption,
+    word: int,
+    image_size: tuple[int, int],
+    preprocessing: Preprocessing,
+    view: View = "smooth",
 ) -> NDArray[np.float64]:
     """Lay one word's attention over the pixels of the original image.
 
-    The weights stand at the centres of their regions (`Preprocessing.region_boxes`) and are interpolated between them
-    by cubic convolution (Keys, 1981), negative overshoot removed.
+    This is the array for those who draw themselves. Divided by its maximum it is what `draw_overlay` colours.
 
     Parameters
     ----------
@@ -58,7 +62,12 @@ def attention_map(
     image_size
         (width, height) of the original in pixels, as `PIL.Image.Image.size`.
     preprocessing
-        The one that the caption was made with.
+        The one that the caption was made with; of an ensemble, the first member's.
+    view
+        "smooth": the weights stand at the centres of their regions (`Preprocessing.region_boxes`) and are interpolated
+        between them by cubic convolution (Keys, 1981), negative overshoot removed; the largest of them is the map's
+        peak at the border of the grid, too. "raw": each weight is spread evenly
+        over its region.
 
     Returns
     -------
@@ -68,27 +77,53 @@ def attention_map(
     Raises
     ------
     InputError
-        If the caption carries no attention or its regions are not a grid.
+        If the caption carries no attention, its regions are not a grid, or there is no such view.
     """
     width, height = image_size
-    return _spread(_weights(caption)[word], (height, width), preprocessing.visible_box(width, height))
+    return _spread(region_weights(caption)[word], (height, width), preprocessing.visible_box(width, height), view)
 
 
-def draw_overlay(image: Image.Image, caption: Caption, preprocessing: Preprocessing) -> Image.Image:
-    """Draw an image, and for each word of its caption what the model looked at.
-
-    Each map has its own scale from 0 to the word's largest weight, which is written below the word together with the
-    gate beta (Xu et al., 2015, section 4.2.1) where the decoder has one. What the crop cut off, the model did not see:
-    it is faded.
+def relative_entropy(caption: Caption) -> NDArray[np.float64]:
+    """Tell how far the attention of each word of a caption is spread.
 
     Parameters
     ----------
-    image
-        The original, upright, as `read_image` returns it.
     caption
         From a decoder that attends to a grid of regions.
-    preprocessing
-        The one that the caption was made with.
+
+    Returns
+    -------
+    array
+        (T,) float64, the entropy relative to that of equal weights: 0 where one region has all, 1 where all have the
+        same.
+
+    Raises
+    ------
+    InputError
+        If the caption carries no attention or its regions are not a grid.
+    """
+    words, height, width = (weights := region_weights(caption)).shape
+    if height * width == 1:
+        return np.ones(words)
+    logarithms = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    entropy: NDArray[np.float64] = -(weights * logarithms).sum((1, 2)) / np.log(height * width)
+    return entropy.clip(0, 1)
+
+
+def draw_overlay(
+    image: Image.Image,
+    caption: Caption,
+    preprocessing: Preprocessing,
+    *,
+    view: View = "smooth",
+    shared_scale: bool = False,
+) -> Image.Image:
+    """Draw an image, and for each word of its caption what the model looked at.
+
+    Parameters
+    ----------
+    image, caption, preprocessing, view, shared_scale
+        As for `make_figure`.
 
     Returns
     -------
@@ -98,64 +133,173 @@ def draw_overlay(image: Image.Image, caption: Caption, preprocessing: Preprocess
     Raises
     ------
     InputError
-        If the caption carries no attention or its regions are not a grid.
+        As `make_figure`.
+
+    Warns
+    -----
+    FontWarning
+        As `make_figure`.
     """
-    weights = _weights(caption)
+    figure = make_figure(image, caption, preprocessing, view=view, shared_scale=shared_scale, detail=1)
+    canvas: Any = FigureCanvasAgg(figure)  # without types in matplotlib; needs neither pyplot nor a display
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # the FontWarning says it once
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> None:
+    """Write a figure as PNG, SVG or PDF; of one figure always the same bytes.
+
+    Parameters
+    ----------
+    figure
+        From `make_figure`.
+    path
+        A file, or what matplotlib writes to as to one.
+    form
+        "png", "svg" or "pdf", where the path's suffix does not tell.
+    """
+    form = form or Path(path).suffix.removeprefix(".").lower()
+    undated: dict[str, dict[str, Any]] = {
+        "png": {"pil_kwargs": {"compress_level": 1}},  # photographs shrink little further, and take long
+        "svg": {"metadata": {"Date": None}},
+        "pdf": {"metadata": {"CreationDate": None}},
+    }
+    with warnings.catch_warnings(action="ignore", category=UserWarning), rc_context({"svg.hashsalt": "captioner"}):
+        figure.savefig(path, format=form, dpi=figure.dpi, **undated[form])
+
+
+def make_figure(
+    image: Image.Image,
+    caption: Caption,
+    preprocessing: Preprocessing,
+    *,
+    view: View = "smooth",
+    shared_scale: bool = False,
+    detail: int = 2,
+) -> Figure:
+    """Make matplotlib's figure of an image and, for each word of its caption, of what the model looked at.
+
+    Below each word stand the gate beta (Xu et al., 2015, section 4.2.1) where the decoder has one, the entropy of the
+    map, see `relative_entropy`, and the largest weight of a region. What the crop cut off, the model did not see: it is
+    striped.
+
+    Parameters
+    ----------
+    image
+        The original, upright, as `read_image` returns it.
+    caption
+        From a decoder that attends to a grid of regions.
+    preprocessing
+        The one that the caption was made with; of an ensemble, the first member's.
+    view
+        "smooth" or "raw", see `attention_map`.
+    shared_scale
+        Colour all maps by one scale, so that words can be compared, and not each up to its own maximum.
+    detail
+        Pixels of the panels for each of the 250 that they have in `draw_overlay`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Without a canvas: `save_figure` writes it, and so does its own `savefig`. Letters of scripts with lines from
+        right to left and with joined letters are set so, which needs matplotlib 3.11 or later.
+
+    Raises
+    ------
+    InputError
+        If the caption carries no attention, its regions are not a grid, or there is no such view.
+
+    Warns
+    -----
+    FontWarning
+        If no installed font has some of the caption's letters.
+    """
+    weights, entropies = region_weights(caption), relative_entropy(caption)
     scale = PANEL / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    box = tuple(edge * scale for edge in preprocessing.visible_box(*image.size))
-    visible = _spread(np.ones((1, 1)), (height, width), box)
-    photograph = np.asarray(to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)) / 255
-    panels = [photograph, *(_blend(photograph, visible, _spread(weight, (height, width), box)) for weight in weights)]
+    size = width * detail, height * detail
+    # Each axis by its own scale: both are rounded to whole pixels.
+    box = tuple(
+        edge * size[axis % 2] / image.size[axis % 2] for axis, edge in enumerate(preprocessing.visible_box(*image.size))
+    )
+    photograph = np.asarray(to_rgb(image).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    seen = _spread(np.ones((1, 1)), size[::-1], box, "raw")
+    # In even shares: what a pixel has of the attention, over what it would have if all that was seen had the same. So
+    # a pixel that the crop's edge cuts through is not darker than its neighbour.
+    maps = [
+        np.divide(_spread(weight, size[::-1], box, view), seen, out=np.zeros_like(seen), where=seen > 0)
+        for weight in weights
+    ]
+    tops = [density.max() for density in maps]
+    if shared_scale and maps:
+        tops = [max(tops)] * len(tops)
+    muted, unseen = _muted(photograph), _unseen(photograph, STRIPE * detail)
+    panels = [
+        photograph.astype(np.uint8),
+        *(_blend(muted, unseen, seen, density / top) for density, top in zip(maps, tops, strict=True)),
+    ]
 
-    note = "attention from 0 to each word's max"
+    note = "attention, one scale for all words" if shared_scale else "attention, each word by its own scale"
+    if view == "raw":
+        note += "; blocks: the regions"
     if caption.gates is not None:
         note += "; β: how much the word draws on the image"
-    if not visible.all():
-        note += "; faded: outside the crop, not seen"
+    note += "; entropy of the map: 0 one region, 1 spread evenly; max: the largest weight of a region"
+    if not seen.all():
+        note += "; striped: outside the crop, not seen"
 
     rows = -(-len(panels) // MAX_COLUMNS)
     columns = -(-len(panels) // rows)
-    cell = max(width, PANEL // 2)  # a narrow image still needs room for its word
+    cell = max(width, NARROWEST)
     total_width = 2 * MARGIN + columns * (cell + GAP) - GAP
-    titles = textwrap.wrap(caption.text, (total_width - 2 * MARGIN) // 14)
-    notes = textwrap.wrap(note, (total_width - 2 * MARGIN - SCALE) // 7)
+    titles = _wrap(caption.text, (total_width - 2 * MARGIN) // 14)
+    notes = _wrap(note, (total_width - 2 * MARGIN - SCALE) // 7)
     top = MARGIN + TITLE * len(titles)
     bottom = top + rows * (height + LABEL) + GAP // 2
-    total_height = bottom + NOTE * len(notes) + MARGIN
+    total_height = bottom + NOTE * max(len(notes), 2) + MARGIN
 
-    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
-    canvas: Any = FigureCanvasAgg(figure)  # without types in matplotlib; needs neither pyplot nor a display
-    installed = set(get_font_names())
-    fonts = ["DejaVu Sans", *(font for font in FALLBACK_FONTS if font in installed)]
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI * detail, facecolor="white")
+    families, hint = find_fonts(caption.text + "".join(caption.words))
+    if hint is not None:
+        warnings.warn(hint, FontWarning, stacklevel=2)
 
-    def show(pixels: NDArray[np.float64], x: int, y: int) -> None:
-        figure.figimage(pixels, x, total_height - y - len(pixels), origin="upper")
+    def show(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> None:
+        left, bottom = x / total_width, 1 - (y + height) / total_height
+        place = Bbox.from_bounds(left, bottom, width / total_width, height / total_height)
+        picture = BboxImage(TransformedBbox(place, figure.transFigure), interpolation="nearest")
+        picture.set_data(pixels)
+        figure.add_artist(picture)
 
-    def write(text: str, x: int, y: int, points: float, colour: str = INK, weight: str = "normal") -> None:
-        label = figure.text(x, total_height - y, text, transform=IdentityTransform(), verticalalignment="top")
-        label.set(size=points, color=colour, weight=weight, family=fonts)
+    def write(
+        text: str, x: float, y: int, points: float, colour: str = INK, weight: str = "normal", **more: Any
+    ) -> None:
+        label = figure.text(x / total_width, 1 - y / total_height, text, verticalalignment="top", **more)
+        label.set(size=points, color=colour, weight=weight, family=families)
         label.set_parse_math(False)  # "$5 or $6" is no formula
 
     for index, line in enumerate(titles):
         write(line, MARGIN, MARGIN - 4 + index * TITLE, 16, weight="bold")
     for index, panel in enumerate(panels):
         x, y = MARGIN + index % columns * (cell + GAP), top + index // columns * (height + LABEL)
-        show(panel, x, y)
+        show(panel, x, y, width, height)
         if index > 0:
             word = caption.words[index - 1]
-            write(word, x, y + height + 6, min(12, cell / (0.9 * len(word))), weight="bold")
+            write(word, x, y + height + 6, min(12, cell / (0.9 * max(_width(word), 1))), weight="bold")
             gate = "" if caption.gates is None else f"β {caption.gates[index - 1]:.2f}   "
-            write(f"{gate}max {weights[index - 1].max():.2f}", x, y + height + 26, 8.5, FAINT_INK)
-    show(np.tile(COLOURS(np.linspace(0, 1, SCALE - 12))[:, :3], (10, 1, 1)), MARGIN, bottom + 3)
+            numbers = f"{gate}entropy {entropies[index - 1]:.2f}   max {weights[index - 1].max():.2f}"
+            write(numbers, x, y + height + 26, 8.5, FAINT_INK)
+    bar = SCALE - GAP
+    show(COLOURS[None], MARGIN, bottom + 3, bar, 10)
+    most = f"{tops[0]:.1f} × even share" if shared_scale and tops else "its maximum"
+    write("0", MARGIN, bottom + NOTE, 8.5, FAINT_INK)
+    write(most, MARGIN + bar, bottom + NOTE, 8.5, FAINT_INK, horizontalalignment="right")
     for index, line in enumerate(notes):
         write(line, MARGIN + SCALE, bottom + index * NOTE, 8.5, FAINT_INK)
-
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return figure
 
 
-def _weights(caption: Caption) -> NDArray[np.float64]:
+def region_weights(caption: Caption) -> NDArray[np.float64]:
     """Take the caption's attention as (T, h, w)."""
     if caption.attention is None:
         raise InputError("This caption carries no attention to draw: caption with a decoder that attends to regions.")
@@ -165,27 +309,55 @@ def _weights(caption: Caption) -> NDArray[np.float64]:
     return weights.reshape(len(weights), *caption.grid)
 
 
-def _spread(weights: NDArray[np.float64], shape: tuple[int, int], box: tuple[float, ...]) -> NDArray[np.float64]:
-    """Interpolate (h, w) weights over the box (left, top, right, bottom) in an image of (height, width), to sum 1."""
+def _spread(
+    weights: NDArray[np.float64], shape: tuple[int, int], box: tuple[float, ...], view: View
+) -> NDArray[np.float64]:
+    """Lay (h, w) weights over the box (left, top, right, bottom) in an image of (height, width), to sum 1."""
+    if view not in ("smooth", "raw"):
+        raise InputError(f"There is no view {view!r}: choose 'smooth' or 'raw'.")
     left, top, right, bottom = box
-    rows = _interpolation(shape[0], top, bottom, weights.shape[0])
-    columns = _interpolation(shape[1], left, right, weights.shape[1])
-    spread: NDArray[np.float64] = (rows @ weights @ columns.T).clip(min=0)
+    coefficients = _interpolation if view == "smooth" else _blocks
+    rows = coefficients(shape[0], top, bottom, weights.shape[0])
+    columns = coefficients(shape[1], left, right, weights.shape[1])
+    cells = _bordered(weights) if view == "smooth" else weights
+    spread: NDArray[np.float64] = (rows @ cells @ columns.T).clip(min=0)
     spread /= spread.sum()
     return spread
 
 
+def _blocks(length: int, start: float, stop: float, cells: int) -> NDArray[np.float64]:
+    """Give the (length, cells) parts of the pixels that lie in each of the cells between start and stop."""
+    edges, pixels = np.linspace(start, stop, cells + 1), np.arange(length)[:, None]
+    return (np.minimum(pixels + 1, edges[1:]) - np.maximum(pixels, edges[:-1])).clip(min=0)
+
+
+def _bordered(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Put (h, w) weights into a border of cells, (h + 2, w + 2).
+
+    Were they the outermost weights once more, the cubic through a peak in the outermost region would rise on towards
+    the edge of the image, away from the second strongest region. The lesser of the two outermost keeps it in place.
+    """
+    bordered = np.pad(weights, 1, mode="edge")
+    for cells in (bordered, bordered.T):
+        if len(cells) > 3:
+            cells[0], cells[-1] = np.minimum(cells[1], cells[2]), np.minimum(cells[-2], cells[-3])
+    return bordered
+
+
 def _interpolation(length: int, start: float, stop: float, cells: int) -> NDArray[np.float64]:
-    """Give the (length, cells) coefficients of cubic convolution from cells between start and stop to pixels."""
+    """Give the coefficients of cubic convolution from cells between start and stop, and a border, to pixels.
+
+    They are (length, cells + 2).
+    """
     centres = np.arange(length) + 0.5
     position = (centres - start) / (stop - start) * cells - 0.5  # in cells, 0 at the centre of the first
     first = np.floor(position).astype(int) - 1
-    coefficients = np.zeros((length, cells))
+    coefficients = np.zeros((length, cells + 2))
     for neighbour in range(4):
         distance = np.abs(position - first - neighbour)
         near = (1.5 * distance - 2.5) * distance**2 + 1
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-        at = (first + neighbour).clip(0, cells - 1)  # beyond the edge the last cell goes on
+        at = (first + neighbour + 1).clip(0, cells + 1)  # beyond the border it goes on
         np.add.at(coefficients, (np.arange(length), at), np.where(distance <= 1, near, far))
     # A pixel counts by the part of it that lies inside, so that the thinnest box still covers something.
     inside = (np.minimum(centres + 0.5, stop) - np.maximum(centres - 0.5, start)).clip(min=0)
@@ -193,16 +365,51 @@ def _interpolation(length: int, start: float, stop: float, cells: int) -> NDArra
     return coefficients
 
 
-def _blend(
-    photograph: NDArray[np.float64], visible: NDArray[np.float64], attention: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Colour (height, width, 3) by its attention; the stronger, the more colour; wash out what was not seen."""
-    # For what was seen of a pixel: one that the crop's edge cuts through is not darker than its neighbour.
-    density = np.divide(attention, visible, out=np.zeros_like(attention), where=visible > 0)[..., None]
-    strength = density / density.max()
+def _muted(photograph: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Take light and colour from a photograph, (height, width, 3) in 0..255, so that maps stand out."""
     grey = photograph.mean(axis=-1, keepdims=True)
-    muted = 0.65 * (0.6 * photograph + 0.4 * grey)
-    opacity = 0.08 + 0.67 * strength
-    seen = (1 - opacity) * muted + opacity * COLOURS(strength[..., 0])[..., :3]
-    blended: NDArray[np.float64] = np.where(visible[..., None] > 0, seen, 0.85 + 0.15 * grey)
-    return blended
+    muted: NDArray[np.float32] = 0.65 * (0.6 * photograph + 0.4 * grey)
+    return muted
+
+
+def _unseen(photograph: NDArray[np.float32], stripe: int) -> NDArray[np.float32]:
+    """Wash out a photograph under slanting stripes of so many pixels."""
+    height, width = photograph.shape[:2]
+    slant = (np.arange(height)[:, None] + np.arange(width)) // stripe % 2
+    light = np.where(slant == 0, 0.85, 0.95).astype(np.float32)[..., None]
+    washed: NDArray[np.float32] = 255 * light + (1 - light) * photograph.mean(axis=-1, keepdims=True)
+    return washed
+
+
+def _blend(
+    muted: NDArray[np.float32],
+    unseen: NDArray[np.float32],
+    seen: NDArray[np.float64],
+    strength: NDArray[np.float64],
+) -> NDArray[np.uint8]:
+    """Colour what was seen by its attention (height, width) in 0..1: the stronger, the more colour."""
+    opacity = (0.08 + 0.67 * strength).astype(np.float32)[..., None]
+    blended = muted + opacity * (COLOURS[(strength * 255).round().astype(np.uint8)] - muted)
+    if not seen.all():
+        blended = np.where(seen[..., None] > 0, blended, unseen)
+    return blended.round().astype(np.uint8)
+
+
+def _width(text: str) -> int:
+    """Return how many letters of the Latin alphabet a text is about as wide as."""
+    marks = sum(unicodedata.category(letter) in ("Mn", "Cf") for letter in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+
+
+def _wrap(text: str, columns: int) -> list[str]:
+    """Break a text into lines between words, and within a word that is longer than a line."""
+    lines = [""]
+    for word in text.split():
+        pieces = [word] if _width(word) <= columns else list(word)
+        for place, piece in enumerate(pieces):
+            longer = f"{lines[-1]} {piece}" if lines[-1] and place == 0 else lines[-1] + piece
+            if lines[-1] and _width(longer) > columns:
+                lines.append(piece)
+            else:
+                lines[-1] = longer
+    return lines if lines[0] else []

@@ -63,6 +63,10 @@ class Vocabulary:
         ids = [self._ids.get(token, UNKNOWN) for token in tokens]
         return [BEGIN, *ids, END] if len(ids) <= max_words else [BEGIN, *ids[:max_words]]
 
+    def unknown(self, tokens: Iterable[str]) -> list[str]:
+        """Return those of some tokens that are not in the vocabulary, each once, in their order."""
+        return [token for token in dict.fromkeys(tokens) if token not in self._ids]
+
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Return the words up to the first ``<eos>``, without ``<bos>`` and padding."""
         words = []

@@ -127,6 +127,18 @@ def test_an_ensemble_captions_as_a_captioner_does_and_the_first_shows_where_it_l
     assert [caption.text for caption in ensemble.caption(images, decoding)] == [found[0].text for found in streamed]
 
 
+def test_a_given_caption_has_the_mean_probability_of_the_members_and_the_attention_of_the_first():
+    first, second = member(LSTM, 1), member(GRU, 2)
+    second.encoder.preprocessing = replace(first.preprocessing, fit="crop")
+    ensemble, image = Ensemble([first, second]), some_images(1)[0]
+    found = ensemble.caption(image, beam_size=3, min_words=3, max_words=6)[0]
+    given = ensemble.attend(image, found.text)
+    assert given.words == found.words
+    assert given.log_probability == pytest.approx(found.log_probability, abs=1e-9)
+    assert torch.allclose(given.attention, found.attention, atol=1e-6)
+    assert not torch.allclose(given.attention, second.attend(image, found.text).attention, atol=1e-2)
+
+
 def test_captioning_leaves_every_member_in_its_mode():
     first, second = captioner(dropout=0.5).train(), captioner(dropout=0.5)
     ensemble = Ensemble([first, second])

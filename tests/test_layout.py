@@ -21,6 +21,7 @@ LEVELS = {
         "search",
         "checkpoint",
         "cache_folder",
+        "fonts",
         "output_files",
         "precision",
     ],
@@ -40,9 +41,9 @@ LEVELS = {
     ],
     2: ["model", "objectives", "datamodule", "evaluation", "caption_files"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
-    4: ["task", "fast_captioner"],
+    4: ["task", "fast_captioner", "overlay_page"],
     5: ["model_card", "caption_command"],
-    6: ["training", "study_table"],
+    6: ["training", "study_table", "overlay_command"],
     7: ["demo", "study_runs"],
     8: ["cli"],
     9: ["__init__"],
@@ -115,6 +116,8 @@ def python(code):
         ".cli",
         ".caption_files",
         ".caption_command",
+        ".fonts",
+        ".overlay_command",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module):

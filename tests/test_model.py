@@ -755,6 +755,56 @@ def test_images_may_be_paths_or_opened_many_or_one(tmp_path):
     assert model.caption([]) == []
 
 
+# Captions that are given
+
+
+@every_kind
+def test_a_caption_that_was_found_is_attended_to_alike_when_it_is_given(name):
+    model = captioner(name).double()
+    with torch.no_grad():
+        model.output.bias[END] -= 20
+    for image, found in zip(some_images(), model.caption(some_images(), max_words=5), strict=True):
+        given = model.attend(image, found.text)
+        assert (given.text, given.words, given.grid) == (found.text, found.words, found.grid)
+        assert given.log_probability == given.score == pytest.approx(found.log_probability, abs=1e-6)
+        for own, other in ((given.attention, found.attention), (given.gates, found.gates)):
+            assert (own is None) == (other is None)
+            assert own is None or same(own, other, 1e-6)
+
+
+def test_given_captions_of_a_batch_are_attended_to_as_alone_in_one_pass_each(monkeypatch):
+    model, images = captioner().double(), some_images(3)
+    said = ["a red", "red", "blue a ball red"]
+    alone = [model.attend(image, caption) for image, caption in zip(images, said, strict=True)]
+    passes = []
+    take = type(model.decoder).forward
+    monkeypatch.setattr(
+        type(model.decoder), "forward", lambda *given, **named: passes.append(1) or take(*given, **named)
+    )
+    seen = model.annotate_pixels([torch.stack([model.preprocessing.pixels(image) for image in images])])
+    for one, other in zip(model.train().attend_annotations(seen, said), alone, strict=True):
+        assert one.words == other.words and one.attention.shape == (len(one.words), N)
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-9)
+        assert same(one.attention, other.attention, 1e-6) and same(one.gates, other.gates, 1e-6)
+    assert passes == [1] and model.training
+
+
+def test_of_a_given_word_that_the_model_does_not_know_it_warns_once():
+    model, image = captioner(), some_images(1)[0]
+    with pytest.warns(UserWarning) as warned:
+        given = model.attend(image, "A red Zebra, a zebra.")
+    assert [str(each.message) for each in warned] == [
+        "The model does not know 'zebra', and reads <unk> there: of these words its attention says little."
+    ]
+    assert given.words == ["a", "red", "zebra", "a", "zebra"] and given.text == "a red zebra a zebra"
+    words = model.head_weights(image, ["a", "red", "<unk>", "a", "<unk>"])[0, 0]
+    assert torch.allclose(given.attention, words, atol=1e-6)
+    for nothing in ("zebra zebra", "", "...", "<unk>"):
+        with pytest.raises(InputError, match="no word that the model knows") as error:
+            model.attend(image, nothing)
+        assert one_sentence(error)
+
+
 # Describing and rebuilding
 
 

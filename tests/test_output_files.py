@@ -4,7 +4,7 @@ import os
 import pytest
 
 from captioner.errors import InputError
-from captioner.output_files import check_writable, write
+from captioner.output_files import check_writable, write, write_parts
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -30,6 +30,19 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(InputError, match="out.json cannot be written .No space left"):
         write(path, "after")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_parts_that_cannot_be_made_leave_what_was_there(tmp_path, error):
+    def parts():
+        yield "half"
+        raise error
+
+    path = tmp_path / "out.html"
+    path.write_text("before")
+    with pytest.raises(error):
+        write_parts(path, parts())
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 

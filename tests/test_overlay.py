@@ -1,17 +1,32 @@
+import io
+import itertools
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from captioner import fonts
 from captioner.errors import InputError
-from captioner.images import Preprocessing
+from captioner.fonts import FontWarning
+from captioner.images import ORIENTATION, TURNS, Preprocessing, read_image
 from captioner.model import Caption
-from captioner.overlay import PANEL, attention_map, draw_overlay
+from captioner.overlay import (
+    PANEL,
+    _spread,
+    attention_map,
+    draw_overlay,
+    make_figure,
+    relative_entropy,
+    save_figure,
+)
 
 CROP, SQUASH = Preprocessing("crop", 224, 256), Preprocessing("squash", 224)
 
@@ -33,6 +48,60 @@ def caption_of(text, grid=(7, 7), gates=True, seed=0):
 
 def attending_to(weights, grid):
     return replace(caption_of("word", grid), attention=torch.tensor(weights, dtype=torch.float32)[None])
+
+
+# From regions to pixels
+
+INVERSE = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.one_of(
+        st.tuples(st.integers(150, 400), st.integers(60, 150)),  # landscape
+        st.tuples(st.integers(60, 150), st.integers(150, 400)),  # portrait
+        st.tuples(st.integers(1, 20), st.integers(1, 20)),  # tiny
+        st.sampled_from([(1, 300), (300, 2)]),
+    ),
+    orientation=st.integers(1, 8),
+    preprocessing=st.sampled_from(
+        [SQUASH, Preprocessing("squash", 100), CROP, Preprocessing("crop", 128), Preprocessing("crop", 96, 200)]
+    ),
+    grid=st.sampled_from([(7, 7), (14, 14), (3, 5), (12, 4)]),
+    view=st.sampled_from(["smooth", "raw"]),
+    place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_a_bright_square_is_found_where_it_is(size, orientation, preprocessing, grid, view, place, tmp_path_factory):
+    """The whole way: a turned file, read, made a square, pooled to regions, and back to the pixels of the original."""
+    left, top, right, bottom = preprocessing.visible_box(*size)
+    half = (right - left) / grid[1] / 2, (bottom - top) / grid[0] / 2  # of a region
+    edges = []
+    for start, stop, side, share in zip((left, top), (right, bottom), half, place, strict=True):
+        last = int(np.floor(stop + 1e-9))  # of the pixels that are seen whole, if there are such
+        first = min(int(np.ceil(start - 1e-9)), int(np.ceil(stop - 1e-9)) - 1)
+        wide = max(1, round(2 * side))
+        begin = first + round(share * max(last - first - wide, 0))
+        edges.append((begin, min(begin + wide, round(stop + 0.5))))
+    (x0, x1), (y0, y1) = edges
+    image = np.zeros((size[1], size[0]), dtype=np.uint8)
+    image[y0:y1, x0:x1] = 255
+    picture, exif = Image.fromarray(image), Image.Exif()
+    exif[ORIENTATION] = orientation
+    if orientation in INVERSE:
+        picture = picture.transpose(INVERSE[orientation])
+    path = tmp_path_factory.getbasetemp() / "square.png"
+    picture.save(path, exif=exif)
+
+    upright = read_image(path)
+    assert upright.size == size
+    pixels = preprocessing.pixels(upright)[:1].double()
+    weights = torch.nn.functional.adaptive_avg_pool2d(pixels, grid).flatten()
+    assert weights.sum() > 0
+    found = attention_map(attending_to((weights / weights.sum()).numpy(), grid), 0, size, preprocessing, view)
+    peak = np.argwhere(found >= found.max() * (1 - 1e-9)).mean(axis=0) + 0.5  # of a block, its middle
+    for at, truth, side in zip(peak, ((y0 + y1) / 2, (x0 + x1) / 2), half[::-1], strict=True):
+        # Half a region, and the half pixel by which no pixel's centre may be nearer.
+        assert abs(at - truth) <= max(side, 0.5) + 0.5
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (97, 64), (1000, 1000)])
@@ -61,9 +130,34 @@ def test_a_map_sums_to_one_and_is_zero_where_nothing_was_seen(preprocessing, siz
     assert np.all(attention[outside] < 1e-12)
 
 
-def test_equal_weights_make_an_even_map():
-    attention = attention_map(attending_to(np.full(49, 1 / 49), (7, 7)), 0, (300, 200), SQUASH)
+@pytest.mark.parametrize("view", ["smooth", "raw"])
+def test_equal_weights_make_an_even_map(view):
+    attention = attention_map(attending_to(np.full(49, 1 / 49), (7, 7)), 0, (300, 200), SQUASH, view)
     assert np.allclose(attention, 1 / 60_000)
+
+
+def test_a_raw_map_is_blocks_of_the_regions():
+    weights = np.random.default_rng(0).dirichlet(np.ones(12))
+    attention = attention_map(attending_to(weights, (3, 4)), 0, (40, 60), SQUASH, "raw")
+    assert np.allclose(attention, np.kron(weights.reshape(3, 4), np.ones((20, 10))) / 200, atol=1e-9)
+    # A pixel on the edge of two regions has its part of both.
+    box = (3.3, 1.7, 29.2, 17.9)
+    coarse = _spread(weights.reshape(3, 4), (20, 30), box, "raw")
+    fine = _spread(weights.reshape(3, 4), (200, 300), tuple(10 * edge for edge in box), "raw")
+    assert np.allclose(coarse, fine.reshape(20, 10, 30, 10).sum((1, 3)), atol=1e-12)
+
+
+def test_a_view_that_does_not_exist_is_an_error():
+    with pytest.raises(InputError, match="no view 'round': choose 'smooth' or 'raw'"):
+        attention_map(caption_of("word"), 0, (30, 20), SQUASH, "round")
+
+
+def test_entropy_is_relative_to_that_of_equal_weights():
+    weights = np.array([[1, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0], [0.7, 0.1, 0.1, 0.1]])
+    caption = replace(caption_of("a b c d", (2, 2)), attention=torch.tensor(weights))
+    last = -(0.7 * np.log(0.7) + 0.3 * np.log(0.1)) / np.log(4)
+    assert np.allclose(relative_entropy(caption), [0, 1, 0.5, last])
+    assert relative_entropy(attending_to([1.0], (1, 1))) == [1]
 
 
 def test_the_map_passes_through_the_weights():
@@ -73,12 +167,15 @@ def test_the_map_passes_through_the_weights():
     assert np.allclose(attention, weights.reshape(3, 4), atol=1e-7)
 
 
+# Pictures
+
+
 @pytest.mark.parametrize(("words", "columns", "rows"), [(3, 4, 1), (12, 5, 3), (20, 6, 4)])
 def test_panels_wrap(words, columns, rows):
     picture = draw_overlay(Image.new("RGB", (96, 96)), caption_of(" ".join(["word"] * words)), SQUASH)
     assert picture.mode == "RGB"
     assert columns * PANEL < picture.width < columns * (PANEL + 30)
-    assert rows * PANEL < picture.height < rows * (PANEL + 60) + 130
+    assert rows * PANEL < picture.height < rows * (PANEL + 60) + 160
 
 
 @pytest.mark.parametrize("size", [(96, 96), (640, 480), (3000, 300), (2, 900)])
@@ -96,6 +193,14 @@ def test_what_the_crop_cut_off_is_faded():
     assert min(whole.getpixel(place)) < 150
 
 
+@pytest.mark.parametrize("size", [(480, 360), (360, 481), (7, 1000)])
+def test_of_a_whole_image_all_is_seen(size):
+    figure = make_figure(Image.new("RGB", size), caption_of("word"), SQUASH)
+    assert not any("not seen" in text.get_text() for text in figure.texts)
+    figure = make_figure(Image.new("RGB", size), caption_of("word"), CROP)
+    assert any("not seen" in text.get_text() for text in figure.texts)
+
+
 def test_the_strongest_region_is_the_brightest_place():
     weights = np.full(49, 0.001)
     weights[8] = 1  # second row, second column
@@ -103,6 +208,82 @@ def test_the_strongest_region_is_the_brightest_place():
     panel = picture.crop((24 + PANEL + 14, 56, 24 + 2 * PANEL + 14, 56 + PANEL)).convert("L")
     row, column = np.unravel_index(np.asarray(panel).argmax(), (PANEL, PANEL))
     assert PANEL / 7 < row < 2 * PANEL / 7 and PANEL / 7 < column < 2 * PANEL / 7
+
+
+def second_panel(caption, **more):
+    picture = draw_overlay(Image.new("RGB", (96, 96), "black"), caption, SQUASH, **more)
+    left = 24 + 2 * (PANEL + 14)
+    return np.asarray(picture.crop((left, 56, left + PANEL, 56 + PANEL)).convert("L"), dtype=int)
+
+
+def test_one_scale_lets_words_be_compared():
+    caption = replace(caption_of("far near", (2, 2)), attention=torch.tensor([[1.0, 0, 0, 0], [0.25] * 4]))
+    own, shared = (second_panel(caption, shared_scale=scale) for scale in (False, True))
+    assert own.min() > 150 and shared.max() < 100  # an even map: all of its own maximum, and a quarter of the other's
+
+
+def test_a_raw_view_draws_blocks():
+    weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2)
+    panel = second_panel(replace(caption_of("a b", (2, 2)), attention=weights), view="raw")
+    for row, column in itertools.product(range(2), range(2)):
+        block = panel[row * 125 : row * 125 + 125, column * 125 : column * 125 + 125]
+        assert block.min() == block.max()
+    assert len(set(panel[::125, ::125].flatten())) == 4
+
+
+@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_figure_is_written_in_any_form_and_always_alike(form, beginning, tmp_path):
+    image, caption = Image.new("RGB", (60, 40), "red"), caption_of("one two three")
+    written = [io.BytesIO(), io.BytesIO()]
+    for file in written:
+        save_figure(make_figure(image, caption, CROP, detail=1), file, form)
+    save_figure(make_figure(image, caption, CROP, detail=1), tmp_path / f"figure.{form.upper()}")
+    assert written[0].getvalue() == written[1].getvalue() == (tmp_path / f"figure.{form.upper()}").read_bytes()
+    assert written[0].getvalue().startswith(beginning)
+
+
+def test_the_photograph_of_a_figure_is_not_resampled_again():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2 * PANEL, 2 * PANEL, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    save_figure(make_figure(image, caption_of("one two three"), SQUASH), file, "png")
+    left, top = 2 * 24, 2 * 56
+    picture = Image.open(file).convert("RGB").crop((left, top, left + 2 * PANEL, top + 2 * PANEL))
+    assert np.array_equal(np.asarray(picture), np.asarray(image))
+
+
+def test_a_caption_of_twelve_words_is_drawn_in_half_a_second():
+    image, caption = Image.new("RGB", (640, 480)), caption_of(" ".join(["word"] * 12), (14, 14))
+
+    def seconds():
+        start = time.process_time()
+        draw_overlay(image, caption, CROP)
+        return time.process_time() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+# Letters
+
+
+@pytest.fixture
+def without_fonts(monkeypatch):
+    """No font but matplotlib's own."""
+    fonts._cover.cache_clear()
+    own = next(font for font in fonts.fontManager.ttflist if font.name == fonts.DEFAULT and font.style == "normal")
+    monkeypatch.setattr(fonts.fontManager, "ttflist", [own])
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [])
+    yield
+    fonts._cover.cache_clear()
+
+
+def test_of_letters_that_no_font_has_it_warns_once(without_fonts):
+    caption = caption_of("빨간 공을 가진 개")
+    with pytest.warns(UserWarning) as warned:
+        draw_overlay(Image.new("RGB", (96, 96)), caption, SQUASH)
+    (warning,) = warned
+    assert warning.category is FontWarning and "Korean" in str(warning.message)
+    with warnings.catch_warnings(action="error"):
+        draw_overlay(Image.new("RGB", (96, 96)), caption_of("كلب يركض שלום ёлка"), SQUASH)
 
 
 @pytest.mark.parametrize("text", ["빨간 공을 가진 개", "costs $5 or $6 \\frac{", "supercalifragilistic" * 4, ""])

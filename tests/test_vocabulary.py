@@ -71,3 +71,7 @@ def test_images_with_fewer_or_shorter_captions_are_padded():
         [[BEGIN, 4, END, PAD], [BEGIN, END, PAD, PAD]],
         [[BEGIN, 5, 4, END], [PAD, PAD, PAD, PAD]],
     ]
+
+
+def test_unknown_words_are_named_once_in_their_order():
+    assert Vocabulary(["a", "dog"]).unknown("zebra a <unk> zebra dog ball".split()) == ["zebra", "<unk>", "ball"]
