@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from captioner.images import Preprocessing
     from captioner.metrics import score_captions
     from captioner.model import Caption, Captioner
-    from captioner.overlay import attention_map, draw_overlay, make_figure
+    from captioner.overlay import attention_map, draw_overlay, make_figure, save_figure
     from captioner.overlay_page import PageImage, write_page
     from captioner.task import CaptioningTask
 
@@ -38,6 +38,7 @@ __all__ = [
     "attention_map",
     "draw_overlay",
     "make_figure",
+    "save_figure",
     "score_captions",
     "write_page",
 ]
@@ -58,6 +59,7 @@ _MODULES = {
     "attention_map": "overlay",
     "draw_overlay": "overlay",
     "make_figure": "overlay",
+    "save_figure": "overlay",
     "score_captions": "metrics",
     "write_page": "overlay_page",
 }

@@ -19,7 +19,7 @@ from captioner.errors import InputError
 from captioner.model import Caption, ImageCaptioner, Seen
 from captioner.search import StepFunction
 
-SHAPES = 64  # that one function is compiled for: two for each member of an ensemble
+SHAPES = 64  # that one function is compiled for: a few for each member of an ensemble
 
 
 class FastCaptioner(Generic[Seen]):

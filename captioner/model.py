@@ -435,6 +435,8 @@ def attend_together(
     mean = (chosen.logsumexp(0) - math.log(len(members))).masked_fill(following == PAD, 0)
     _, weights, gates = passes[0]
     weights, gates = (None if part is None else part.float().cpu() for part in (weights, gates))
+    if not mean.isfinite().all():
+        raise _diverged()
     attended = []
     for row, (words, log_probability) in enumerate(zip(said, mean.flatten(1).sum(1).tolist(), strict=True)):
         seen, opened = (None if part is None else part[row, 0, : len(words)] for part in (weights, gates))

@@ -65,9 +65,9 @@ def attention_map(
         The one that the caption was made with; of an ensemble, the first member's.
     view
         "smooth": the weights stand at the centres of their regions (`Preprocessing.region_boxes`) and are interpolated
-        between them by cubic convolution (Keys, 1981), negative overshoot removed; the largest of them is the map's
-        peak at the border of the grid, too. "raw": each weight is spread evenly
-        over its region.
+        between them by cubic Hermite splines that are level at the centres, along the rows and the columns. No value
+        lies outside those of the regions around it, as with cubic convolution, so the map peaks in the centre of the
+        region of the largest weight. "raw": each weight is spread evenly over its region.
 
     Returns
     -------
@@ -158,6 +158,11 @@ def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> No
         A file, or what matplotlib writes to as to one.
     form
         "png", "svg" or "pdf", where the path's suffix does not tell.
+
+    Raises
+    ------
+    InputError
+        If it is another format.
     """
     form = form or Path(path).suffix.removeprefix(".").lower()
     undated: dict[str, dict[str, Any]] = {
@@ -165,7 +170,10 @@ def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> No
         "svg": {"metadata": {"Date": None}},
         "pdf": {"metadata": {"CreationDate": None}},
     }
-    with warnings.catch_warnings(action="ignore", category=UserWarning), rc_context({"svg.hashsalt": "captioner"}):
+    if form not in undated:
+        raise InputError(f"A figure is written as {', '.join(undated)}, and not as {form!r}: choose one of these.")
+    settings: Any = {"svg.hashsalt": "captioner", "savefig.bbox": None}  # whatever a user's matplotlibrc says
+    with warnings.catch_warnings(action="ignore", category=UserWarning), rc_context(settings):
         figure.savefig(path, format=form, dpi=figure.dpi, **undated[form])
 
 
@@ -276,6 +284,7 @@ def make_figure(
     ) -> None:
         label = figure.text(x / total_width, 1 - y / total_height, text, verticalalignment="top", **more)
         label.set(size=points, color=colour, weight=weight, family=families)
+        label.set_usetex(False)  # whatever a user's matplotlibrc says
         label.set_parse_math(False)  # "$5 or $6" is no formula
 
     for index, line in enumerate(titles):
@@ -320,7 +329,7 @@ def _spread(
     rows = coefficients(shape[0], top, bottom, weights.shape[0])
     columns = coefficients(shape[1], left, right, weights.shape[1])
     cells = _bordered(weights) if view == "smooth" else weights
-    spread: NDArray[np.float64] = (rows @ cells @ columns.T).clip(min=0)
+    spread: NDArray[np.float64] = rows @ cells @ columns.T
     spread /= spread.sum()
     return spread
 
@@ -334,8 +343,8 @@ def _blocks(length: int, start: float, stop: float, cells: int) -> NDArray[np.fl
 def _bordered(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Put (h, w) weights into a border of cells, (h + 2, w + 2).
 
-    Were they the outermost weights once more, the cubic through a peak in the outermost region would rise on towards
-    the edge of the image, away from the second strongest region. The lesser of the two outermost keeps it in place.
+    Were they the outermost weights once more, a peak in the outermost region would be level from its centre to the edge
+    of the image. The lesser of the two outermost keeps it in place.
     """
     bordered = np.pad(weights, 1, mode="edge")
     for cells in (bordered, bordered.T):
@@ -345,20 +354,18 @@ def _bordered(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _interpolation(length: int, start: float, stop: float, cells: int) -> NDArray[np.float64]:
-    """Give the coefficients of cubic convolution from cells between start and stop, and a border, to pixels.
+    """Give the coefficients of the splines from cells between start and stop, and a border, to pixels.
 
     They are (length, cells + 2).
     """
     centres = np.arange(length) + 0.5
     position = (centres - start) / (stop - start) * cells - 0.5  # in cells, 0 at the centre of the first
-    first = np.floor(position).astype(int) - 1
+    first = np.floor(position).astype(int)
     coefficients = np.zeros((length, cells + 2))
-    for neighbour in range(4):
+    for neighbour in range(2):
         distance = np.abs(position - first - neighbour)
-        near = (1.5 * distance - 2.5) * distance**2 + 1
-        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         at = (first + neighbour + 1).clip(0, cells + 1)  # beyond the border it goes on
-        np.add.at(coefficients, (np.arange(length), at), np.where(distance <= 1, near, far))
+        np.add.at(coefficients, (np.arange(length), at), (2 * distance - 3) * distance**2 + 1)
     # A pixel counts by the part of it that lies inside, so that the thinnest box still covers something.
     inside = (np.minimum(centres + 0.5, stop) - np.maximum(centres - 0.5, start)).clip(min=0)
     coefficients *= inside[:, None]

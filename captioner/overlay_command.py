@@ -104,6 +104,8 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
     found_by = [flag.name for flag in DECODING if hasattr(options, flag.field)]
     if options.say is not None and found_by:
         raise InputError(f"{found_by[0]} is for captions that the model finds: leave it out, or leave out --say.")
+    if getattr(options, "captions", 1) > 1 and options.output.suffix.lower() != ".html":
+        raise InputError("--captions is for an HTML page, a figure draws the best: leave it out, or write a .html.")
     check_writable(options.output)
     return options
 
@@ -222,7 +224,7 @@ class _Overlays:
                         self._fail(error)
                         continue
                     shown += 1
-                    yield PageImage(str(path), image, captions)
+                    yield PageImage(path.name, image, captions)
             self.progress.advance(bar, len(batch))
         if not shown:
             raise InputError("No image could be read: nothing is written.")

@@ -28,13 +28,12 @@ function coefficients(view, length, start, stop, cells) {
         found[pixel * across + cell] = Math.max(Math.min(pixel + 1, to) - Math.max(pixel, from), 0);
       }
     } else if (inside > 0) {
-      // Cubic convolution (Keys, 1981); beyond the border it goes on.
+      // Cubic Hermite splines, level at the centres of the cells; beyond the border it goes on.
       const position = ((pixel + 0.5 - start) / (stop - start)) * cells - 0.5;
-      const first = Math.floor(position) - 1;
-      for (let cell = first; cell < first + 4; cell++) {
+      const first = Math.floor(position);
+      for (const cell of [first, first + 1]) {
         const d = Math.abs(position - cell);
-        const share = d <= 1 ? (1.5 * d - 2.5) * d * d + 1 : ((-0.5 * d + 2.5) * d - 4) * d + 2;
-        found[pixel * across + Math.min(Math.max(cell + 1, 0), cells + 1)] += share * inside;
+        found[pixel * across + Math.min(Math.max(cell + 1, 0), cells + 1)] += ((2 * d - 3) * d * d + 1) * inside;
       }
     }
   }
@@ -71,7 +70,7 @@ function spread(weights, [h, w], [width, height], box, view) {
     for (let x = 0; x < width; x++) {
       let value = 0;
       for (let j = 0; j < w; j++) value += across[j] * columns[x * w + j];
-      sum += found[y * width + x] = Math.max(value, 0);
+      sum += found[y * width + x] = value;
     }
   }
   return found.map((value) => value / sum);

@@ -112,9 +112,23 @@ def test_the_peak_lies_in_the_region_attended_to(preprocessing, size):
         attention = attention_map(attending_to(np.eye(12)[region], grid), 0, size, preprocessing)
         row, column = np.unravel_index(attention.argmax(), attention.shape)
         assert left < column + 0.5 < right and top < row + 0.5 < bottom
-        # Cubic convolution spreads a single region's weight over its neighbours, and keeps most of it at home.
+        # Splines spread a single region's weight over its neighbours, and keep most of it at home.
         home = attention[round(top) : round(bottom), round(left) : round(right)].sum()
         assert 0.4 < home < 1
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (14, 14), (3, 5)])
+@pytest.mark.parametrize("preprocessing", [CROP, SQUASH])
+def test_the_peak_is_that_of_the_largest_weight_whatever_the_others_are(preprocessing, grid):
+    random = np.random.default_rng(0)
+    cells = grid[0] * grid[1]
+    plateau = np.full(cells, 0.1)
+    plateau[[0, *(row * grid[1] + column for row in (1, 2) for column in (1, 2))]] = [1.0, *[0.95] * 4]
+    for weights in (plateau, *random.random((20, cells))):
+        attention = attention_map(attending_to(weights / weights.sum(), grid), 0, (640, 480), preprocessing)
+        left, top, right, bottom = preprocessing.region_boxes(640, 480, grid)[weights.argmax()]
+        # Of a pixel that lies beside the centre a little is missing.
+        assert attention[int((top + bottom) / 2), int((left + right) / 2)] >= 0.99 * attention.max()
 
 
 @pytest.mark.parametrize("size", [(300, 200), (64, 97), (1, 5000)])
