@@ -262,7 +262,9 @@ with output.held():
 """
 
 
-@pytest.mark.parametrize("before", ["nothing", "fewer", "others overwritten"])
+@pytest.mark.parametrize(
+    "before", ["nothing", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fewer", "others overwritten"))]
+)
 def test_killed_before_any_change_of_a_file_it_goes_on(tmp_path, outcomes, undisturbed, before):
     file, overwrite = tmp_path / "out.jsonl", before == "others overwritten"
     given = [[str(image), captions, fault] for image, captions, fault in outcomes]

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import captioner
+from captioner.caption_command import picture_names
 from captioner.cli import HELP, main
 from captioner.images import find_images
 from captioner.model import Captioner
@@ -88,11 +89,11 @@ def test_output_and_overlays(images, captions, best, tmp_path, capsys):
     assert [line["image"] for line in lines] == [str(images[0]), str(images[1]), str(same_name)]
     assert [line["caption"] for line in lines] == [captions[0].text, captions[1].text, captions[1].text]
     assert lines[0]["log_probability"] == pytest.approx(captions[0].log_probability, abs=1e-3)
-    assert sorted(path.name for path in overlays.iterdir()) == sorted(
-        [f"{images[0].stem}.png", f"{images[1].stem}.png", f"{images[0].stem}-2.png"]
-    )
+    pictures = picture_names([images[0], images[1], same_name])
+    assert {path.name for path in overlays.iterdir()} == set(pictures.values()) and len(pictures) == 3
     assert all(Image.open(path).width > 32 for path in overlays.iterdir())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.jsonl", "new", "other"]  # nothing unfinished
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"captions.jsonl", "captions.jsonl.journal", "new", "other"}  # nothing unfinished
 
 
 def test_a_bad_image_is_named_and_the_rest_captioned(images, captions, best, tmp_path, capsys):

@@ -101,15 +101,15 @@ def test_an_image_may_have_several_captions(page):
 @pytest.mark.parametrize("view", ["smooth", "raw"])
 def test_the_page_has_the_numbers_of_the_maps(page, preprocessing, grid, view):
     caption = caption_of("a dog", grid)
-    elements = page(PageImage("one.jpg", photograph(600, 500), [caption]), preprocessing=preprocessing)
+    elements = page(PageImage("one.jpg", photograph(240, 200), [caption]), preprocessing=preprocessing)
     (article,) = (attributes for attributes, _ in elements.of("article"))
     shape = tuple(map(int, article["data-grid"].split()))
     left, top, right, bottom = map(float, article["data-box"].split())
     assert shape == grid
     for index, (attributes, _) in enumerate(elements.of("button", "word")):
         weights = np.frombuffer(base64.b64decode(attributes["data-weights"]), dtype="<u2").reshape(grid) / 65535
-        wanted = attention_map(caption, index, (600, 500), preprocessing, view)
-        found = _spread(weights, (500, 600), (600 * left, 500 * top, 600 * right, 500 * bottom), view)
+        wanted = attention_map(caption, index, (240, 200), preprocessing, view)
+        found = _spread(weights, (200, 240), (240 * left, 200 * top, 240 * right, 200 * bottom), view)
         assert np.abs(found - wanted).max() < 2e-5 * wanted.max()
 
 

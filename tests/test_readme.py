@@ -45,7 +45,15 @@ def test_each_recipe_says_what_it_is_for(recipe):
     assert all(word in header for word in ("Purpose", "Command", "Time", "Reached"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            path, id=path.name, marks=[] if path.name in ("flickr8k.yaml", "scenes.yaml") else pytest.mark.slow
+        )
+        for path in RECIPES
+    ],
+)
 def test_each_decoder_and_bridge_is_laid_over_each_recipe(recipe, capsys):
     parts = {path.parent.name: [] for path in PARTS}
     for path in PARTS:
