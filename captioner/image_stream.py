@@ -169,8 +169,7 @@ class _Readers:
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
-            # Not for ever: Ctrl-C at the wrong moment leaves a lock held that one may wait for (CPython's bpo-29988).
-            thread.join(5)
+            thread.join()
 
     def _run(self) -> None:
         process: subprocess.Popen[bytes] | None = None

@@ -174,7 +174,8 @@ def test_no_process_is_left_when_the_consumer_stops_early(photographs, monkeypat
 
 
 CONSUMER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 from pathlib import Path
 import captioner.image_stream as stream
 from captioner.images import Preprocessing

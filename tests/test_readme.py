@@ -48,9 +48,7 @@ def test_each_recipe_says_what_it_is_for(recipe):
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(
-            path, id=path.name, marks=[] if path.name in ("flickr8k.yaml", "scenes.yaml") else pytest.mark.slow
-        )
+        pytest.param(path, id=path.name, marks=[] if path.name == "flickr8k.yaml" else pytest.mark.slow)
         for path in RECIPES
     ],
 )
