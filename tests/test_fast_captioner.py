@@ -122,12 +122,11 @@ def test_a_compiled_search_finds_what_the_plain_one_finds(members):
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_says_so(monkeypatch):
+def test_without_a_compiler_it_says_so():
     torch.compiler.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     model = a_model()
-    with pytest.raises(InputError, match="cannot be compiled here"):
+    missing = torch._inductor.config.patch({"cpp.cxx": ("/no/compiler",), "force_disable_caches": True})
+    with missing, pytest.raises(InputError, match="cannot be compiled here"):
         FastCaptioner(model, "float32", compiled_for=2).annotate_pixels(some_pixels(2, model))
 
 

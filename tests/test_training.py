@@ -272,9 +272,9 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(fit):
 @pytest.mark.slow
 def test_without_a_compiler_there_is_one_line(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("missing-compiler",))
     torch._dynamo.reset()  # of what another test has compiled
     flags = ["--model.compile", "true", "--trainer.default_root_dir", str(tmp_path)]
-    assert main(["fit", "--config", str(recipe), *flags]) == 2
+    with torch._inductor.config.patch({"cpp.cxx": ("missing-compiler",)}):  # monkeypatch would delete it at its end
+        assert main(["fit", "--config", str(recipe), *flags]) == 2
     said = capsys.readouterr().err
     assert "model.compile" in said.splitlines()[-1] and "Traceback" not in said
