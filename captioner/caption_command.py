@@ -101,22 +101,7 @@ DECODING = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Define the options of the command, but for --help."""
     parser.add_argument("paths", nargs="*", metavar="PATH", help="an image, a folder, a pattern, @list.txt, or -")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint",
-        nargs="+",
-        action="append",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="what `captioner fit` wrote; several of the same words choose each word by their mean probability",
-    )
-    model.add_argument(
-        "--encoder",
-        metavar="PACKAGE:CLASS",
-        help="the encoder's class, for a checkpoint that was trained with one of your own",
-    )
-    model.add_argument("--device", default="cpu", help="where the model runs: cpu (default), cuda, ...")
+    model = add_model(parser)
     model.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
     model.add_argument(
         "--workers",
@@ -151,6 +136,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--suffix", dest="after", metavar="TEXT", help="after it")
     add_decoding(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> Any:
+    """Define the options that say which model captions, and where; return their group."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint",
+        nargs="+",
+        action="append",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what `captioner fit` wrote; several of the same words choose each word by their mean probability",
+    )
+    model.add_argument(
+        "--encoder",
+        metavar="PACKAGE:CLASS",
+        help="the encoder's class, for a checkpoint that was trained with one of your own",
+    )
+    model.add_argument("--device", default="cpu", help="where the model runs: cpu (default), cuda, ...")
+    return model
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from captioner.caption_command import (
     DECODING,
     add_decoding,
+    add_model,
     decoding_of,
     parse,
     progress_bar,
@@ -67,22 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view", choices=("smooth", "raw"), default="smooth", help="interpolated (default), or blocks")
     parser.add_argument("--shared-scale", action="store_true", help="one scale for all words of an image")
     parser.add_argument("--title", metavar="TEXT", help="of an HTML page")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint",
-        nargs="+",
-        action="append",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="what `captioner fit` wrote; several of the same words write each caption together",
-    )
-    model.add_argument(
-        "--encoder",
-        metavar="PACKAGE:CLASS",
-        help="the encoder's class, for a checkpoint that was trained with one of your own",
-    )
-    model.add_argument("--device", default="cpu", help="where the model runs: cpu (default), cuda, ...")
+    add_model(parser)
     add_decoding(parser)
 
 
