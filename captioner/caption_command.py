@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import sys
@@ -11,8 +12,9 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -443,8 +445,6 @@ class _Work:
 
     def caption(self, todo: Sequence[Path], model: Any) -> None:
         """Caption images, and hand the captions on batch by batch."""
-        import torch
-
         from captioner.fast_captioner import FastCaptioner
         from captioner.image_stream import read_images
 
@@ -452,26 +452,17 @@ class _Work:
         compiled_for = options.batch_size if options.compile else None
         options.precision = options.precision or _faster_precision(options.device)
         fast = FastCaptioner(model, options.precision, compiled_for=compiled_for)
-        with progress_bar(self.printed) as progress, saying_of_fonts(progress) if self.pictures else nullcontext():
+        expected = math.ceil(len(self.paths) / options.batch_size)
+        with (
+            progress_bar(self.printed) as progress,
+            saying_of_fonts(progress) if self.pictures else nullcontext(),
+            closing(read_images(todo, model.preprocessings, options.workers, options.batch_size)) as batches,
+            closing(fast.work_through(batches, partial(self._caption_batch, fast), expected)) as captioned,
+        ):
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
-            for batch in read_images(todo, model.preprocessings, self.options.workers, self.options.batch_size):
-                outcomes: dict[Path, Outcome] = {}
-                readable = []
-                for _, path, pixels in batch:
-                    outcomes[path] = Outcome(path)
-                    if isinstance(pixels, InputError):
-                        outcomes[path] = Outcome(path, fault=in_one_line(pixels))
-                    else:
-                        readable.append((path, pixels))
-                if readable:
-                    squares = [torch.stack(each) for each in zip(*(pixels for _, pixels in readable), strict=True)]
-                    # What is drawn for an image follows from its name, whatever else is captioned with it.
-                    numbers = [zlib.crc32(os.fsencode(path.name)) for path, _ in readable]
-                    found = fast.caption_pixels(
-                        squares, self.decoding, numbers=numbers, with_attention=bool(self.pictures)
-                    )
-                    for (path, _), captions in zip(readable, found, strict=True):
-                        outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
+            for outcomes, found in captioned:
+                for path, captions in found:
+                    outcomes[path] = self._hand_on(path, captions, model.preprocessings[0])
                 for outcome in outcomes.values():
                     if outcome.fault:
                         self.failed.add(outcome.image)
@@ -482,6 +473,27 @@ class _Work:
                     self.output.add(listed)
                 self.done += len(outcomes)
                 progress.advance(bar, len(outcomes))
+
+    def _caption_batch(
+        self, fast: Any, batch: Sequence[tuple[int, Path, Any]]
+    ) -> tuple[dict[Path, Outcome], list[tuple[Path, Any]]]:
+        """Return all images, with what is wrong with them if anything is, and the captions of the others."""
+        import torch
+
+        outcomes, readable = {}, []
+        for _, path, pixels in batch:
+            outcomes[path] = Outcome(path)
+            if isinstance(pixels, InputError):
+                outcomes[path] = Outcome(path, fault=in_one_line(pixels))
+            else:
+                readable.append((path, pixels))
+        if not readable:
+            return outcomes, []
+        squares = [torch.stack(each) for each in zip(*(pixels for _, pixels in readable), strict=True)]
+        # What is drawn for an image follows from its name, whatever else is captioned with it.
+        numbers = [zlib.crc32(os.fsencode(path.name)) for path, _ in readable]
+        found = fast.caption_pixels(squares, self.decoding, numbers=numbers, with_attention=bool(self.pictures))
+        return outcomes, [(path, captions) for (path, _), captions in zip(readable, found, strict=True)]
 
     def _hand_on(self, path: Path, captions: Sequence[Any], preprocessing: Any) -> Outcome:
         """Draw, print, and write beside the image what is wanted of its captions."""

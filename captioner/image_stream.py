@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +57,7 @@ LENGTH = struct.Struct("<I")
 
 def read_images(
     paths: Sequence[Path], preprocessings: Sequence[Preprocessing], workers: int = 0, batch_size: int = 32
-) -> Iterator[list[Read]]:
+) -> Generator[list[Read], None, None]:
     """Read images in batches, the next ones while a model works on the last.
 
     Parameters

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from captioner import caption_command
+from captioner import caption_command, fast_captioner
 from captioner.annotation_files import ImageFolder
 from captioner.caption_command import DECODING, HELP, add_options, picture_names, understand
 from captioner.cli import _parser, main
@@ -384,6 +384,7 @@ def interrupt_after(monkeypatch, batches):
         return annotate(self, images)
 
     monkeypatch.setattr(Captioner, "annotate", interrupted)
+    monkeypatch.setattr(fast_captioner, "THREADS", 1)  # one batch after the other
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])

@@ -1,6 +1,8 @@
 """Fast captioning: what the plain way gives, up to the stated rounding, for one model and for several."""
 
 import shutil
+import time
+from threading import Barrier, get_ident
 
 import pytest
 import torch
@@ -72,6 +74,68 @@ def test_attention_is_left_out_where_it_is_not_wanted():
     ):
         assert (one.text, one.log_probability) == (other.text, other.log_probability)
         assert one.attention is not None and other.attention is None and other.gates is None
+
+
+@pytest.fixture
+def four_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("expected", "threads"), [(1, [4]), (4, [2, 2]), (9, [1, 1, 1, 1])])
+def test_a_cpu_works_on_several_batches_at_a_time(expected, threads, four_cores):
+    fast, together = FastCaptioner(a_model(), "float32"), Barrier(len(threads))
+
+    def work(batch):
+        if batch < len(threads):
+            together.wait(timeout=20)  # breaks unless so many work at a time
+        time.sleep(0.01 * (batch % 3 == 0))  # they end in another order
+        return batch, torch.get_num_threads(), get_ident()
+
+    found = list(fast.work_through(iter(range(expected)), work, expected))
+    assert [batch for batch, _, _ in found] == list(range(expected))
+    assert {cores for _, cores, _ in found} == set(threads) and len({each for *_, each in found}) == len(threads)
+    assert torch.get_num_threads() == 4
+
+
+def test_batches_are_taken_a_few_ahead(four_cores):
+    taken = []
+    batches = (taken.append(batch) or batch for batch in range(100))
+    work = FastCaptioner(a_model(), "float32").work_through(batches, lambda batch: batch, 100)
+    assert [next(work), next(work)] == [0, 1]
+    assert len(taken) <= 2 + 4
+    work.close()
+    assert len(taken) <= 2 + 4 and torch.get_num_threads() == 4
+
+
+def test_what_goes_wrong_with_a_batch_is_raised_after_those_before_it(four_cores):
+    def work(batch):
+        if batch == 3:
+            raise InputError("No.")
+        return batch
+
+    done = []
+    with pytest.raises(InputError, match="No"):
+        for batch in FastCaptioner(a_model(), "float32").work_through(range(100), work, 100):
+            done.append(batch)
+    assert done == [0, 1, 2] and torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_batches_at_a_time_are_captioned_as_one_after_the_other(members, four_cores):
+    model = a_model() if members == 1 else Ensemble([a_model(), a_model()])
+    fast, decoding = FastCaptioner(model, "float32"), Decoding(beam_size=3, captions=2, max_words=6)
+    batches = [some_pixels(images, model) for images in (3, 1, 4, 2, 3, 4, 4, 1)]
+    torch.set_num_threads(1)
+    alone = [fast.caption_pixels(batch, decoding) for batch in batches]
+    torch.set_num_threads(4)
+    for one, other in zip(
+        fast.work_through(batches, lambda batch: fast.caption_pixels(batch, decoding), len(batches)), alone, strict=True
+    ):
+        for ours, theirs in zip(sum(one, []), sum(other, []), strict=True):
+            assert (ours.text, ours.log_probability) == (theirs.text, theirs.log_probability)
 
 
 @pytest.mark.slow

@@ -64,6 +64,13 @@ def encoder(request):
 
 
 @pytest.fixture(scope="module")
+def models():
+    """Captioners by the encoder's way and the number of words, each of which is compiled once."""
+    made = {}
+    return lambda way, words: made.setdefault((way, words), captioner(words))
+
+
+@pytest.fixture(scope="module")
 def annotations():
     return Annotations(torch.rand(BATCH, 49, 2048, generator=torch.Generator().manual_seed(0)), None, (7, 7))
 
@@ -135,9 +142,8 @@ def test_search_as_is_usual(measure, annotations, words, beam, rounds):
 
 @pytest.mark.parametrize("beam", BEAMS)
 @pytest.mark.parametrize("words", SIZES)
-def test_files_to_captions(measure, encoder, photographs, tmp_path, words, beam, rounds):
-    model = captioner(words)
-    model.encoder = encoder.module  # which is compiled already
+def test_files_to_captions(measure, encoder, models, photographs, tmp_path, words, beam, rounds):
+    model = models(encoder.way, words)
     checkpoint, out = tmp_path / "best.ckpt", tmp_path / "captions.jsonl"
     checkpoint.write_text("whose model is open")
     flags = ["--checkpoint", checkpoint, "--output", out, "--overwrite", "--batch-size", BATCH]
