@@ -20,12 +20,15 @@ from captioner.training import train
 
 # Runs the command line, and has each process note what it ends with.
 SCRIPT = """\
+import signal
 import sys
 import torch
 from test_annotation_cache import Counting
 from test_distributed import seed_the_build
 from captioner.cli import main
 from captioner.training import train
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 
 if __name__ == "__main__":
     if sys.argv[1] == "main":
