@@ -16,9 +16,12 @@ class Bridge(nn.Module):
     ----------
     annotation_dim : int
         Size of the annotation vectors that it gives.
+    regionwise : bool
+        Whether what it gives for a region depends on that region alone, and on its place.
     """
 
     annotation_dim: int
+    regionwise = False
 
     def forward(self, annotations: Annotations) -> Annotations:
         """Return the annotations that the decoder attends over."""
@@ -27,6 +30,8 @@ class Bridge(nn.Module):
 
 class NoBridge(Bridge):
     """Hands the encoder's annotations on as they are."""
+
+    regionwise = True
 
     def __init__(self, annotation_dim: int) -> None:
         super().__init__()
@@ -50,6 +55,8 @@ class LinearBridge(Bridge):
     positions : bool
         Add a learned vector for the row and one for the column of each region.
     """
+
+    regionwise = True
 
     def __init__(self, annotation_dim: int, *, dim: int = 512, dropout: float = 0.0, positions: bool = False) -> None:
         super().__init__()

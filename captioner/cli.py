@@ -321,12 +321,17 @@ def _faithfulness(args: Sequence[str]) -> int:
     records = files.read(options.split)[: options.images]
     model = _open(options)
 
-    from captioner.faithfulness import measure, print_report
+    from rich.console import Console
+
+    from captioner.attention_health import show, warn
+    from captioner.faithfulness import measure
 
     report = measure(model, records, beam_size=options.beam_size, seed=options.seed)
-    print_report(report, options.split)
     if options.json is not None:
-        write(options.json, json.dumps(report._asdict(), indent=2) + "\n")
+        write(options.json, json.dumps(report.as_json(), indent=2) + "\n")
+    # A file or a pipe has no width: lines are not broken for it.
+    show(report, options.split, Console(width=None if sys.stdout.isatty() else 160))
+    warn(report.health)
     return 0
 
 

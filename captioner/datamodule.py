@@ -18,6 +18,7 @@ from captioner.annotation_files import CaptionedImage, CaptionFiles
 from captioner.attention import Annotations
 from captioner.errors import InputError
 from captioner.images import Preprocessing, random_box, read_image
+from captioner.scenes import Scene, read_scenes
 from captioner.tokens import mirror, tokenize
 from captioner.vocabulary import Vocabulary, pad
 
@@ -291,6 +292,14 @@ class CaptionData(LightningDataModule):
     def references(self, name: str) -> dict[str | int, tuple[str, ...]]:
         """Return the raw captions of "train", "val" or "test" by image."""
         return {record.image_id: record.captions for record in self.records[name]}
+
+    def scenes(self, name: str) -> dict[str | int, Scene]:
+        """Return by image the built-in scenes of "train", "val" or "test", whose boxes are known; none of other data."""
+        root = getattr(self.files, "root", None)  # the user's own kind of files need not have one
+        # Beside their captions, where `write_scenes` puts them.
+        if root is None or not Path(root, f"scenes_{self.splits[name]}.json").is_file():
+            return {}
+        return {image_id: scene for image_id, scene in read_scenes(Path(root), self.splits[name]).items()}
 
     def images(self, name: str, first: int = 0, *, mirrored: bool = False) -> Iterator[Tensor]:
         """Give the images of "train", "val" or "test" in order, as batches (B, 3, S, S) uint8.

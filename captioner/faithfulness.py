@@ -2,29 +2,32 @@
 
 Maps that move prove nothing: random weights move more than trained ones. What proves something is what a change costs.
 Captions are decoded again with the weights replaced (uniform, or permuted at random), and the regions that a word
-looked at are hidden to see what its log-probability loses.
+looked at are hidden to see what its log-probability loses. How all this is summed up, and when it gives cause for a
+warning, stands in :mod:`captioner.attention_health`.
+
+Shapes: B images, N regions, T words of a caption, the end counted as one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from captioner.annotation_files import CaptionedImage
-from captioner.attention import Annotations, Attention, Memory
+from captioner.attention import Annotations, Attention, Memory, NoAttention, Uniform
+from captioner.attention_health import ImageId, Look, Report, report
 from captioner.errors import InputError
 from captioner.images import read_image
-from captioner.metrics import paired_bootstrap, score_captions
+from captioner.metrics import ptb_tokenize
 from captioner.model import Captioner
+from captioner.scenes import Pointing, Scene, judge, pointing
 from captioner.tokens import detokenize
 from captioner.vocabulary import BEGIN, pad
 
@@ -90,47 +93,28 @@ def permuted(generator: torch.Generator) -> Change:
     return change
 
 
-class Report(NamedTuple):
-    """What :func:`measure` found.
+def attends(model: Captioner) -> bool:
+    """Tell whether a captioner has attention whose weights it could have learnt."""
+    fixed = (NoAttention, Uniform)
+    return any(isinstance(part, Attention) and not isinstance(part, fixed) for part in model.modules())
+
+
+class Hiding(NamedTuple):
+    """How the deletion test is done.
 
     Attributes
     ----------
-    images, beam_size, seed : int
-        Of this measurement.
-    cider_d, cider_d_uniform, cider_d_permuted : float
-        CIDEr-D as trained and with replaced weights, in COCO's units.
-    uniform_costs, permuted_costs : tuple of float
-        The loss in CIDEr-D with its 95 % interval (paired bootstrap over images): (loss, low, high).
-    content_words : int
-        Number of content words in the captions, on which the rest rests.
-    hiding : float
-        Share of them that lose more log-probability when the `hidden` share of regions that they look at most is hidden
-        than when as many random ones are (mean of several draws).
-    hiding_each : float
-        The same against each draw alone, without the mean.
-    hidden : float
-        Share of the regions hidden.
-    loss_strongest, loss_random : float
-        Mean loss of log-probability, strongest and random regions hidden.
-    entropy : float
-        Mean entropy of their weights relative to that of uniform ones: 1 is no attention at all.
+    share : float
+        Of the regions to hide.
+    draws : int
+        Random sets of regions per word that the strongest ones are held against.
+    seed : int
+        Of them. An image's draws follow from it and from the image's id, whatever else is examined.
     """
 
-    images: int
-    beam_size: int
-    seed: int
-    cider_d: float
-    cider_d_uniform: float
-    cider_d_permuted: float
-    uniform_costs: tuple[float, float, float]
-    permuted_costs: tuple[float, float, float]
-    content_words: int
-    hiding: float
-    hiding_each: float
-    hidden: float
-    loss_strongest: float
-    loss_random: float
-    entropy: float
+    share: float = 0.2
+    draws: int = 5
+    seed: int = 0
 
 
 @torch.no_grad()
@@ -166,123 +150,211 @@ def measure(
     Raises
     ------
     InputError
-        Where the decoder has no attention.
+        Where the decoder has no attention, or captions hold no content word.
     """
+    if not attends(model):
+        raise InputError("This checkpoint's decoder has no attention, so there is none to measure.")
+    hiding = Hiding(hidden, draws, seed)
     generator = torch.Generator().manual_seed(seed)
-    changes: dict[str, Change | None] = {"as trained": None, "uniform": uniform, "permuted": permuted(generator)}
-    captions: dict[str, dict[str | int, str]] = {name: {} for name in changes}
-    words: list[Tensor] = []  # a row per content word, as _hide gives it
+    captions: dict[ImageId, str] = {}
+    looks: dict[ImageId, Look] = {}
     for first in track(range(0, len(records), batch_size), "Measuring"):
         batch = records[first : first + batch_size]
+        image_ids = [record.image_id for record in batch]
         pixels = torch.stack([model.preprocessing.pixels(read_image(record.path)) for record in batch])
         annotations = model.annotate(pixels.to(model.device))
-        for name, change in changes.items():
-            if change is None:
-                found = model.search(annotations, beam_size=beam_size)
-                best = [hypotheses[0].tokens for hypotheses in found]
-                words += _hide(model, annotations, best, hidden, draws, generator)
-            else:
-                with intervene(model, change):
-                    found = model.search(annotations, beam_size=beam_size)
-            for record, hypotheses in zip(batch, found, strict=True):
-                captions[name][record.image_id] = detokenize(model.vocabulary.decode(hypotheses[0].tokens))
-    references = {record.image_id: record.captions for record in records}
-    cider_d = {name: score_captions(references, found)["CIDEr-D"] for name, found in captions.items()}
-    costs = {
-        name: paired_bootstrap(cider_d["as trained"], cider_d[name], seed=seed) for name in ("uniform", "permuted")
-    }
-    if not words:
+        best = [hypotheses[0].tokens for hypotheses in model.search(annotations, beam_size=beam_size)]
+        captions |= zip(image_ids, texts(model, best), strict=True)
+        looks |= probe(model, annotations, image_ids, best, hiding=hiding, generator=generator, beam_size=beam_size)
+    tokens = {record.image_id: [ptb_tokenize(caption) for caption in record.captions] for record in records}
+    found = report(tokens, captions, looks, beam_size=beam_size, seed=seed, hidden=hidden)
+    if found is None:
         raise InputError("These captions hold no content word, so there is nothing to hide from: take more images.")
-    rows = torch.stack(words)
-    return Report(
-        images=len(records),
-        beam_size=beam_size,
-        seed=seed,
-        cider_d=cider_d["as trained"].corpus,
-        cider_d_uniform=cider_d["uniform"].corpus,
-        cider_d_permuted=cider_d["permuted"].corpus,
-        uniform_costs=(costs["uniform"].difference, costs["uniform"].low, costs["uniform"].high),
-        permuted_costs=(costs["permuted"].difference, costs["permuted"].low, costs["permuted"].high),
-        content_words=len(rows),
-        hiding=(rows[:, 0] > rows[:, 1]).float().mean().item(),
-        hiding_each=rows[:, 2].mean().item(),
-        hidden=hidden,
-        loss_strongest=rows[:, 0].mean().item(),
-        loss_random=rows[:, 1].mean().item(),
-        entropy=rows[:, 3].mean().item(),
-    )
+    return found
+
+
+def texts(model: Captioner, captions: Sequence[Sequence[int]]) -> list[str]:
+    """Return captions given as ids as people read them."""
+    return [detokenize(model.vocabulary.decode(ids)) for ids in captions]
+
+
+def probe(
+    model: Captioner,
+    annotations: Annotations,
+    image_ids: Sequence[ImageId],
+    captions: Sequence[Sequence[int]],
+    *,
+    hiding: Hiding,
+    generator: torch.Generator,
+    scenes: Mapping[ImageId, Scene] | None = None,
+    **search: Any,
+) -> dict[ImageId, Look]:
+    """Do as :func:`examine` does, and caption the images with replaced weights, too.
+
+    Parameters
+    ----------
+    generator : torch.Generator
+        Of permutations.
+    **search
+        Settings of :meth:`Captioner.search`, those that gave the captions.
+    """
+    looks = examine(model, annotations, image_ids, captions, scenes=scenes, hiding=hiding)
+    for name, change in {"uniform": uniform, "permuted": permuted(generator)}.items():
+        with intervene(model, change):
+            found = [hypotheses[0].tokens for hypotheses in model.search(annotations, **search)]
+        for image_id, text in zip(image_ids, texts(model, found), strict=True):
+            looks[image_id] = looks[image_id]._replace(**{name: text})  # type: ignore[arg-type]
+    return looks
+
+
+@torch.no_grad()
+def examine(
+    model: Captioner,
+    annotations: Annotations,
+    image_ids: Sequence[ImageId],
+    captions: Sequence[Sequence[int]],
+    *,
+    scenes: Mapping[ImageId, Scene] | None = None,
+    hiding: Hiding | None = None,
+) -> dict[ImageId, Look]:
+    """Examine how a captioner looked at B images while it said a caption of each.
+
+    Parameters
+    ----------
+    model : Captioner
+        In evaluation mode, one that :func:`attends`.
+    annotations : Annotations
+        Of the images.
+    image_ids : sequence
+        Of the images.
+    captions : sequence of sequences of int
+        The ids of each caption, without ``<bos>``.
+    scenes : dict, optional
+        Those of the images that are known, by their id: then words that point are counted, too.
+    hiding : Hiding, optional
+        By default the deletion test, which takes by far the longest, is left out.
+    """
+    memory = model.memory(annotations)
+    tokens = pad([[[BEGIN, *ids]] for ids in captions]).to(model.device)
+    lengths = torch.tensor([[len(ids)] for ids in captions]) if model.device.type == "cpu" else None
+    whole, weights = _log_probabilities(model, memory, tokens, lengths)
+    with intervene(model, uniform):
+        evenly, _ = _log_probabilities(model, memory, tokens, lengths)
+    assert weights is not None
+    exists, bridged = annotations.existing(), annotations
+    if hiding is not None and model.bridge.regionwise:  # what is hidden changes no other region: once is enough
+        bridged = model.bridge(annotations)
+    entropies, losses = relative_entropies(weights, exists), (whole - evenly).tolist()
+    looks = {}
+    for image, (image_id, ids) in enumerate(zip(image_ids, captions, strict=True)):
+        words = content_words(model, ids)
+        said = weights[image, : len(ids)]
+        moved = (said - said.mean(0)).abs().sum(-1) / 2
+        points: list[Pointing] = []
+        if scenes is not None and image_id in scenes and annotations.grid is not None:
+            points = _point(model, ids, said, annotations.grid, scenes[image_id])
+        if exists[image].sum() < 2:  # there is nothing to choose from
+            words, points = [], []
+        hidden: list[tuple[float, float, float]] = []
+        if hiding is not None and words:
+            alone = Annotations(bridged.values[image : image + 1], exists[image : image + 1], bridged.grid)
+            generator = torch.Generator().manual_seed(crc32(f"{hiding.seed} {image_id}".encode()))
+            hidden = _hide(model, alone, tokens[image, 0], words, whole[image], said, hiding, generator)
+        looks[image_id] = Look(
+            entropies=tuple(entropies[image, words].tolist()),
+            movements=tuple(moved[words].tolist()),
+            peaks=tuple(said[words].argmax(-1).tolist()),
+            uniform_losses=tuple(losses[image][t] for t in words),
+            hidden=tuple(hidden),
+            points=tuple((point.hit, point.chance) for point in points),
+        )
+    return looks
+
+
+def content_words(model: Captioner, ids: Sequence[int]) -> list[int]:
+    """Return the places of a caption's words that are about things: all but function words."""
+    return [t for t, word in enumerate(model.vocabulary.decode(ids)) if word not in FUNCTION_WORDS]
+
+
+def relative_entropies(weights: Tensor, exists: Tensor) -> Tensor:
+    """Return the (B, T) entropy of weights (B, T, N) relative to that of uniform ones, of existing regions (B, N).
+
+    It is no number where an image has a single region.
+    """
+    weights = weights.double()
+    return -torch.xlogy(weights, weights).sum(-1) / exists.sum(-1, keepdim=True).log()
+
+
+def _log_probabilities(
+    model: Captioner, memory: Memory, tokens: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the (B, T) log-probability of each token of one caption per image, and the weights (B, T, N)."""
+    words = model.embed(tokens[:, 0, :-1])
+    outputs, weights, _ = model.decoder(words, memory, lengths=lengths)
+    chosen = _scores(model, outputs).gather(-1, tokens[:, 0, 1:, None])
+    return chosen[..., 0], None if weights is None else weights[:, 0]
+
+
+def _scores(model: Captioner, outputs: Tensor) -> Tensor:
+    logits: Tensor = model.output(outputs)
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _point(
+    model: Captioner, ids: Sequence[int], weights: Tensor, grid: tuple[int, int], scene: Scene
+) -> list[Pointing]:
+    """Play the pointing game with a caption of a scene, if regions divide the whole scene, as it wants them to."""
+    words, side = model.vocabulary.decode(ids), scene.side
+    if model.preprocessing.visible_box(side, side) != (0.0, 0.0, side, side):
+        return []
+    return pointing(judge(words, scene), weights[: len(words)].float().cpu().numpy(), grid, scene)
 
 
 def _hide(
     model: Captioner,
-    annotations: Annotations,
-    captions: Sequence[Sequence[int]],
-    hidden: float,
-    draws: int,
+    bridged: Annotations,
+    tokens: Tensor,
+    words: Sequence[int],
+    whole: Tensor,
+    weights: Tensor,
+    hiding: Hiding,
     generator: torch.Generator,
-) -> list[Tensor]:
-    """Return for each content word what it loses and how its attention is spread.
+) -> list[tuple[float, float, float]]:
+    """Hide regions of one image from each of some words of its caption, and return what each word loses.
 
-    A row holds the loss with its strongest regions hidden, the mean loss with random ones, the share of the draws whose
-    loss is smaller than the first, and the relative entropy.
+    A triple holds the loss with a word's strongest regions hidden, the mean loss with random ones, and the share of the
+    draws whose loss is smaller than the first.
+
+    Parameters
+    ----------
+    bridged : Annotations
+        Of the image, behind the bridge if that takes each region by itself, and else before it.
+    tokens : Tensor
+        (T + 1,) of the caption, from ``<bos>`` on.
+    words : sequence of int
+        W places in it.
+    whole, weights : Tensor
+        (T,) log-probabilities and (T, N), with nothing hidden.
     """
-    tokens = pad([[[BEGIN, *ids]] for ids in captions]).to(model.device)
-    exists = annotations.existing()
-    whole, weights = _log_probabilities(model, annotations, tokens)
-    if weights is None:
-        raise InputError("This checkpoint's decoder has no attention, so there is none to measure.")
-    rows = []
-    for image, ids in enumerate(captions):
-        content = [t for t, word in enumerate(model.vocabulary.decode(ids)) if word not in FUNCTION_WORDS]
-        regions = int(exists[image].sum())
-        count = max(1, round(hidden * regions))
-        if not content or count == regions:
-            continue
-        masks = []
-        for t in content:
-            draw = torch.rand(draws, exists.size(1), generator=generator).to(model.device) - 2.0 * ~exists[image]
-            for order in (weights[image, 0, t][None] - 2.0 * ~exists[image], draw):
-                masks.append(exists[image].expand(len(order), -1).scatter(1, order.topk(count).indices, False))
-        # A hidden region does not exist for the model: not for the first state, nor for any word.
-        variants = Annotations(
-            annotations.values[image].expand(len(content) * (1 + draws), -1, -1), torch.cat(masks), annotations.grid
-        )
-        partly, _ = _log_probabilities(model, variants, tokens[image].expand(len(variants.values), -1, -1))
-        for place, t in enumerate(content):
-            first = place * (1 + draws)
-            loss = whole[image, t] - partly[first : first + 1 + draws, t]
-            share = weights[image, 0, t]
-            entropy = -torch.xlogy(share, share).sum() / math.log(regions)
-            smaller = (loss[1:] < loss[0]).float().mean()
-            rows.append(torch.stack((loss[0], loss[1:].mean(), smaller, entropy)).cpu())
-    return rows
-
-
-def _log_probabilities(model: Captioner, annotations: Annotations, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the (B, T) log-probability of each token of one caption per image, and the weights (B, 1, T, N)."""
-    logits, weights, _ = model(annotations, tokens)
-    chosen = logits.log_softmax(-1).gather(-1, tokens[..., 1:, None])
-    return chosen[:, 0, :, 0], weights
-
-
-def print_report(report: Report, split: str) -> None:
-    """Print what was found, CIDEr-D times 100."""
-    table = Table(title=f"{split}, {report.images} images, beam {report.beam_size}")
-    for column in ("Weights", "CIDEr-D", "cost", "95 % interval"):
-        table.add_column(column, justify="left" if column == "Weights" else "right")
-    table.add_row("as trained", f"{100 * report.cider_d:.1f}", "", "")
-    for name, reached, (loss, low, high) in (
-        ("uniform", report.cider_d_uniform, report.uniform_costs),
-        ("permuted", report.cider_d_permuted, report.permuted_costs),
-    ):
-        table.add_row(name, f"{100 * reached:.1f}", f"{100 * loss:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Hiding the {100 * report.hidden:.0f} % strongest regions of a content word costs it more log-probability "
-        f"than hiding as many at random for {100 * report.hiding:.1f} % of {report.content_words} words, against the "
-        f"mean of several draws, {100 * report.hiding_each:.1f} % against each draw alone ("
-        f"{report.loss_strongest:.2f} against {report.loss_random:.2f} on average). "
-        f"Entropy relative to uniform weights: {report.entropy:.2f}.",
-        highlight=False,
-    )
+    exists = bridged.existing()[0]
+    regions, variants = int(exists.sum()), 1 + hiding.draws
+    count = max(1, round(hiding.share * regions))
+    if count == regions:
+        return []
+    order = torch.rand(len(words), variants, len(exists), generator=generator).to(weights)
+    order[:, 0] = weights[words]
+    order.masked_fill_(~exists, -1)
+    masks = exists.expand(order.shape).scatter(-1, order.topk(count).indices, False).flatten(0, 1)
+    # A hidden region does not exist for the model: not for the first state, nor for any word.
+    seen = Annotations(bridged.values.expand(len(masks), -1, -1), masks, bridged.grid)
+    memory = model.decoder.memory(seen if model.bridge.regionwise else model.bridge(seen))
+    places = torch.tensor(words, device=tokens.device).repeat_interleave(variants)
+    before = model.embed(tokens[: max(words) + 1]).expand(len(masks), -1, -1)
+    lengths = places[:, None] + 1 if model.device.type == "cpu" else None  # what comes later changes nothing
+    outputs = model.decoder(before, memory, need_weights=False, lengths=lengths).outputs
+    outputs = outputs[torch.arange(len(masks), device=outputs.device), places]
+    losses = whole[places] - _scores(model, outputs).gather(-1, tokens[places + 1, None])[:, 0]
+    losses = losses.view(len(words), variants).double().cpu()
+    strongest, random = losses[:, 0], losses[:, 1:]
+    smaller = (random < strongest[:, None]).double().mean(1)
+    return list(zip(strongest.tolist(), random.mean(1).tolist(), smaller.tolist(), strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from captioner import __version__
+from captioner.attention_health import Health
 from captioner.datamodule import CaptionData
 from captioner.encoders import ForeignEncoder
 from captioner.metrics import diversity, interval, ptb_tokenize, resample
@@ -156,13 +157,28 @@ def _scores(task: CaptioningTask) -> str:
     for index, (name, score) in enumerate(task.scored.items()):
         low, high = interval(values[:, index])
         rows.append((name, f"{100 * score.corpus:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"))
+    attention = "" if task.health is None else f"\n\n{_attention(task.health)}"
     found = diversity([ptb_tokenize(caption) for caption in task.captions.values()])
     return (
         f"Validation split `{split}`: {len(task.captions):,} images, decoded greedily, against their raw references; "
         f"times 100, with 95 % intervals from {RESAMPLES:,} bootstrap samples of the images.{chosen}\n\n"
         f"{_table(rows, ('', 'score', '95 % interval'))}\n\n"
         f"{found.distinct:,} of the {found.captions:,} captions differ. They use {found.vocabulary:,} words in all and "
-        f"{found.mean_length:.1f} on average; {100 * found.bad_endings:.1f} % break off (on a, with the)."
+        f"{found.mean_length:.1f} on average; {100 * found.bad_endings:.1f} % break off (on a, with the).{attention}"
+    )
+
+
+def _attention(health: Health) -> str:
+    pointing = ""
+    if health.pointing is not None:
+        pointing = (
+            f" For {100 * health.pointing:.1f} % of the words that speak of an object whose place is known the "
+            f"strongest region overlaps it, by chance for {100 * (health.pointing_uniform or 0):.1f} %."
+        )
+    return (
+        f"Attention, over the {health.content_words:,} content words of these captions: the entropy of its weights is "
+        f"{health.entropy:.2f} of that of uniform ones, which would take {health.uniform_loss:.2f} from a word's "
+        f"log-probability.{pointing}"
     )
 
 

@@ -680,10 +680,16 @@ def read_scenes(directory: Path, split: str) -> dict[int, Scene]:
     Raises
     ------
     InputError
-        If the directory holds no such split.
+        If the directory holds no such split, or a file of that name that is something else.
     """
     path = directory / f"scenes_{split}.json"
     if not path.is_file():
         raise InputError(f"there is no {path}: write the scenes of split '{split}' first")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return {int(image_id): Scene.from_json(scene) for image_id, scene in values.items()}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {int(image_id): Scene.from_json(scene) for image_id, scene in values.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{path} does not hold the boxes of drawn scenes, as its name says: write them again, or give a file of "
+            "your own another name."
+        ) from None

@@ -17,20 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from torch import Tensor
 
 from captioner.attention import Annotations
 from captioner.cache_folder import say
 from captioner.checkpoint import unpack
 from captioner.errors import InputError
-from captioner.faithfulness import FUNCTION_WORDS, intervene, uniform
+from captioner.faithfulness import content_words, intervene, relative_entropies, texts, uniform
 from captioner.model import Captioner, describe
 from captioner.output_files import write
 from captioner.study import OWN, Row, Study
 from captioner.study_results import Captions, ImageId, Result, milliseconds, score
 from captioner.study_table import Report, show, write_report
 from captioner.task import in_words
-from captioner.tokens import detokenize
 from captioner.training import TrainingCLI, settings, train
 from captioner.vocabulary import BEGIN, pad
 
@@ -327,16 +325,18 @@ def caption(model: Captioner, batches: Iterable[tuple[list[ImageId], Annotations
     attends = False
     for image_ids, seen in batches:
         best = [hypotheses[0].tokens for hypotheses in model.search(seen, **search)]
-        captions |= zip(image_ids, _texts(model, best), strict=True)
+        captions |= zip(image_ids, texts(model, best), strict=True)
         tokens = pad([[[BEGIN, *ids]] for ids in best]).to(model.device)
         _, weights, _ = model(seen, tokens)
         if weights is not None:
             attends = True
-            entropies += _entropies(model, best, weights[:, 0], seen.existing())
+            of_words = relative_entropies(weights[:, 0], seen.existing())
+            for image, ids in enumerate(best):
+                entropies += of_words[image, content_words(model, ids)].tolist()
             with intervene(model, uniform):
                 found = model.search(seen, **search)
-            texts = _texts(model, [hypotheses[0].tokens for hypotheses in found])
-            uniform_captions |= zip(image_ids, texts, strict=True)
+            blind = texts(model, [hypotheses[0].tokens for hypotheses in found])
+            uniform_captions |= zip(image_ids, blind, strict=True)
     return Captioned(
         captions,
         uniform_captions if attends else None,
@@ -344,22 +344,6 @@ def caption(model: Captioner, batches: Iterable[tuple[list[ImageId], Annotations
         seen.values.size(1),
         seen.grid,
     )
-
-
-def _texts(model: Captioner, captions: Iterable[Sequence[int]]) -> list[str]:
-    return [detokenize(model.vocabulary.decode(ids)) for ids in captions]
-
-
-def _entropies(model: Captioner, captions: Sequence[Sequence[int]], weights: Tensor, exists: Tensor) -> list[float]:
-    """Return for each content word the entropy of its weights (B, T, N) relative to that of uniform ones."""
-    weights = weights.double()
-    entropies = -torch.xlogy(weights, weights).sum(-1) / exists.sum(-1, keepdim=True).log()
-    return [
-        float(entropies[image, t])
-        for image, ids in enumerate(captions)
-        for t, word in enumerate(model.vocabulary.decode(ids))
-        if word not in FUNCTION_WORDS
-    ]
 
 
 def tabulate(study: Study, output: Path) -> None:

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from captioner.annotation_cache import AnnotationCache, fingerprint
 from captioner.attention import Annotations
+from captioner.attention_health import Health, Look, Report, report, sum_up
 from captioner.bridges import Bridge, LinearBridge
 from captioner.cache_folder import Index
 from captioner.checkpoint import KEY, pack, read, unpack
@@ -31,6 +33,7 @@ from captioner.encoders import Encoder, ForeignEncoder
 from captioner.ensemble import Ensemble
 from captioner.errors import InputError
 from captioner.evaluation import Evaluation, ReferenceCaptions, evaluate_captions
+from captioner.faithfulness import Hiding, attends, examine, probe, texts
 from captioner.images import Preprocessing, read_image
 from captioner.metrics import Score, score_captions
 from captioner.model import Captioner, describe
@@ -39,9 +42,9 @@ from captioner.output_files import check_writable
 from captioner.results import write_results
 from captioner.search import Hypothesis
 from captioner.self_critical import Reward, SelfCritical
-from captioner.tokens import detokenize
 from captioner.vocabulary import Vocabulary
 
+HIDING = Hiding()  # of regions, in the test; its seed serves all that the test draws
 REWARD = "reward"  # where a checkpoint of self-critical training says by whose document frequencies it was rewarded
 
 
@@ -95,6 +98,9 @@ class CaptioningTask(LightningModule):
     results : Path, optional
         Of the test, and refused elsewhere: where to write the captions that were scored, as a COCO results file for
         `captioner score`.
+    attention_health : bool
+        Measure in every validation and test whether captions depend on attention, see
+        :mod:`captioner.attention_health`. TIMES
 
     Attributes
     ----------
@@ -104,6 +110,10 @@ class CaptioningTask(LightningModule):
         What was scored, by image.
     evaluation : Evaluation or None
         What the last test gave, with intervals.
+    health : Health or None
+        What the last validation found of attention; None where nothing was measured, see `why_no_health`.
+    report : Report or None
+        The same of the last test.
 
     Raises
     ------
@@ -132,6 +142,7 @@ class CaptioningTask(LightningModule):
         initial_weights: Path | None = None,
         ensemble: list[Path] | Path | None = None,
         results: Path | None = None,
+        attention_health: bool = True,
     ) -> None:
         super().__init__()
         for name, rate in {"learning_rate": learning_rate, "encoder_learning_rate": encoder_learning_rate}.items():
@@ -156,12 +167,15 @@ class CaptioningTask(LightningModule):
         self._starts = False  # built, and with no weights from anywhere yet
         self.presence: WordPresence | None = None
         self.ensemble = [ensemble] if isinstance(ensemble, str | Path) else list(ensemble or ())
-        self.results = results
+        self.results, self.attention_health = results, attention_health
         self._members: Ensemble | None = None
         self.scores: dict[str, float] = {}
         self.scored: dict[str, Score] = {}
         self.captions: dict[str | int, str] = {}
         self.evaluation: Evaluation | None = None
+        self.health: Health | None = None
+        self.report: Report | None = None
+        self._looks: dict[str | int, Look] = {}
 
     @property
     def captioner(self) -> Captioner:
@@ -349,7 +363,7 @@ class CaptioningTask(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the captions of the last round."""
-        self.captions = {}
+        self._begin("val")
 
     def on_test_epoch_start(self) -> None:
         """See that the captions can be written, open the other members, and forget the captions of the last round."""
@@ -359,17 +373,54 @@ class CaptioningTask(LightningModule):
                 raise InputError(f"{self.results} of model.results is a checkpoint to test: write to another file.")
         self._members = Ensemble.open(self.captioner, self.ensemble)
         self._files = {record.image_id: record.path for record in self.data.records["test"]}
-        self.captions = {}
+        self._generator = torch.Generator().manual_seed(HIDING.seed + self.trainer.global_rank)
+        self._begin("test")
+
+    def _begin(self, name: str) -> None:
+        self.captions, self._looks, self.health, self.report = {}, {}, None, None
+        self._scenes = self.data.scenes(name) if self.why_no_health is None else {}
+
+    @property
+    def why_no_health(self) -> str | None:
+        """Why attention is not measured, as a sentence; None where it is."""
+        if not self.attention_health:
+            return "Attention was not measured, since model.attention_health is false."
+        if self.ensemble:
+            return "Attention was not measured, since each model of an ensemble has its own: test them one by one."
+        if not attends(self.captioner):
+            return "This decoder has no attention that could be measured: it does not choose where to look."
+        return None
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Caption a batch greedily."""
-        self._keep(batch, self.captioner.search(self._annotations(batch), beam_size=1, **self._limits))
+        """Caption a batch greedily, and see where it looked."""
+        annotations = self._annotations(batch)
+        found = self._keep(batch, self.captioner.search(annotations, beam_size=1, **self._limits))
+        if self.why_no_health is None:
+            with self._as_written():
+                self._looks |= examine(self.captioner, annotations, batch.image_ids, found, scenes=self._scenes)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """Caption a batch with the beam."""
+        """Caption a batch with the beam, and see what its attention is worth."""
         assert self._members is not None
         annotations = self._members.annotate(lambda preprocessing: self._pixels(batch, preprocessing))
-        self._keep(batch, self._members.search(annotations, beam_size=self.beam_size, **self._limits))
+        search = {"beam_size": self.beam_size, **self._limits}
+        found = self._keep(batch, self._members.search(annotations, **search))
+        if self.why_no_health is None:
+            with self._as_written():
+                self._looks |= probe(
+                    self.captioner,
+                    annotations[0],
+                    batch.image_ids,
+                    found,
+                    hiding=HIDING,
+                    generator=self._generator,
+                    scenes=self._scenes,
+                    **search,
+                )
+
+    def _as_written(self) -> AbstractContextManager[Any]:
+        """Run a compiled decoder as it is written: it would be compiled anew for other weights and other sizes."""
+        return torch.compiler.set_stance("force_eager") if self.compiles else nullcontext()
 
     @property
     def _checkpoints(self) -> list[str | Path]:
@@ -388,9 +439,11 @@ class CaptioningTask(LightningModule):
         opened = [read_image(self._files[image_id]) for image_id in batch.image_ids]
         return torch.stack([preprocessing.pixels(image) for image in opened]).to(self.device)
 
-    def _keep(self, batch: Batch, found: Sequence[Sequence[Hypothesis]]) -> None:
-        for image_id, hypotheses in zip(batch.image_ids, found, strict=True):
-            self.captions[image_id] = detokenize(self.captioner.vocabulary.decode(hypotheses[0].tokens))
+    def _keep(self, batch: Batch, found: Sequence[Sequence[Hypothesis]]) -> Sequence[Sequence[int]]:
+        """Keep the best captions, and return their ids."""
+        best = [hypotheses[0].tokens for hypotheses in found]
+        self.captions |= zip(batch.image_ids, texts(self.captioner, best), strict=True)
+        return best
 
     def on_validation_epoch_end(self) -> None:
         """Score the captions of all images against their raw references."""
@@ -398,6 +451,10 @@ class CaptioningTask(LightningModule):
         references = self.data.references("val")
         wanted = {image_id: references[image_id] for image_id in self.captions}
         self._note("val", score_captions(wanted, self.captions))
+        self.health = sum_up(self._looks)
+        if self.health is not None:
+            figures = {name: value for name, value in self.health._asdict().items() if isinstance(value, float)}
+            self.log_dict({f"attention/{name}": value for name, value in figures.items()}, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Score the captions of all images against their raw references, with intervals, and write them if asked to."""
@@ -413,16 +470,28 @@ class CaptioningTask(LightningModule):
         source = Path([*self._checkpoints, "the model"][0])
         self.evaluation = evaluate_captions(references, [(source, self.captions)])
         self._note("test", self.evaluation.systems[0].scores)
+        if self._looks:
+            self.report = report(
+                references.tokens,
+                self.captions,
+                self._looks,
+                beam_size=self.beam_size,
+                seed=HIDING.seed,
+                hidden=HIDING.share,
+            )
         if self.results is not None and self.trainer.is_global_zero:
             write_results(Path(self.results), self.captions)
 
     def _gather(self) -> None:
-        """Give the captions of all processes to each of them."""
+        """Give the captions of all processes to each of them, and what was seen of their attention."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, self.captions)
+            torch.distributed.all_gather_object(gathered, (self.captions, self._looks))
             # By image: one that a sampler gave to two processes to make their shares equal counts once.
-            self.captions = {image_id: caption for part in gathered for image_id, caption in part.items()}
+            self.captions, self._looks = (
+                {image_id: each for part in parts for image_id, each in part.items()}
+                for parts in zip(*gathered, strict=True)
+            )
 
     def _note(self, name: str, scores: dict[str, Score]) -> None:
         self.scored = scores

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from captioner import checkpoint
+from captioner import attention_health, checkpoint
 from captioner.cache_folder import in_gigabytes, say
 from captioner.datamodule import CaptionData
 from captioner.errors import InputError
@@ -32,6 +32,7 @@ from captioner.report import remarks, show
 from captioner.task import CaptioningTask
 
 MONITOR = "val/CIDEr-D"
+EARLIEST = 3  # the first epoch whose attention is warned of
 EXAMPLES = """\
 Four examples:
 
@@ -193,6 +194,7 @@ class ScoreLines(Callback):
 
     def __init__(self) -> None:
         super().__init__()
+        self.fault: str | None = None  # of attention, as far as it was said
         self.started = time.monotonic()
         self.watched = "loss"
         self.values: list[torch.Tensor] = []
@@ -205,7 +207,11 @@ class ScoreLines(Callback):
             self.values.append(trainer.callback_metrics[f"train/{self.watched}"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch, the mean loss or reward since the last line, the scores and the time since the start."""
+        """Print the epoch, the mean loss or reward since the last line, the scores and the time since the start.
+
+        A fault of attention is said once, when it is first seen from the epoch EARLIEST on, and again only where it
+        comes back: early in training attention is yet to be learnt, and a line in every epoch is soon overlooked.
+        """
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
         scores = "  ".join(
@@ -217,7 +223,16 @@ class ScoreLines(Callback):
         minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
         self.values = []
         line = f"epoch {trainer.current_epoch + 1}  {minutes}:{seconds:02}  {self.watched} {mean:.3f}  {scores}"
-        Console().print(line, highlight=False, soft_wrap=True)
+        assert isinstance(pl_module, CaptioningTask)
+        if pl_module.health is None:
+            Console().print(line, highlight=False, soft_wrap=True)
+            return
+        Console().print(f"{line}  {attention_health.in_words(pl_module.health)}", highlight=False, soft_wrap=True)
+        if trainer.current_epoch + 1 >= EARLIEST:
+            fault = attention_health.find_fault(pl_module.health)
+            if fault is not None and fault.kind != self.fault:
+                print(f"captioner: {fault.sentence}", file=sys.stderr)
+            self.fault = None if fault is None else fault.kind
 
 
 class _QuietBar(RichProgressBar):
@@ -258,6 +273,9 @@ def train(args: Sequence[str]) -> TrainingCLI:
         elif cli.subcommand == "validate":
             split = cli.datamodule.splits["val"]
             print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam 1")
+            if cli.model.health is not None:
+                say(f"Attention: {attention_health.in_words(cli.model.health)}")
+                attention_health.warn(cli.model.health)
         else:
             _print_test(cli.model, cli.trainer)
     return cli
@@ -274,7 +292,13 @@ def _print_test(task: CaptioningTask, trainer: Trainer) -> None:
         f"penalty {task.length_penalty:g}, precision {trainer.precision}"
     )
     # A file or a pipe has no width: lines are not broken for it.
-    show(task.evaluation, Console(width=None if sys.stdout.isatty() else 160))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    show(task.evaluation, console)
+    if task.report is not None:
+        attention_health.show(task.report, str(task.evaluation.references.split), console)
+        attention_health.warn(task.report.health)
+    else:
+        say(task.why_no_health or "Attention was not measured, since no caption holds a content word.")
     if task.results is not None:
         say(f"Captions: {task.results}")
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from variants import DECODERS, KINDS, D, E, attentions, same, some_annotations
 
@@ -16,7 +17,8 @@ from captioner.attention import Uniform as UniformAttention
 from captioner.decoders import LSTMDecoder, TransformerDecoder
 from captioner.encoders import ForeignEncoder, SmallCNN
 from captioner.errors import InputError
-from captioner.faithfulness import intervene, measure, permuted, print_report, uniform
+from captioner.attention_health import show
+from captioner.faithfulness import intervene, measure, permuted, uniform
 from captioner.images import Preprocessing
 from captioner.model import Captioner
 from captioner.vocabulary import BEGIN, END, Vocabulary, pad
@@ -272,9 +274,9 @@ def test_a_model_that_depends_on_one_region_is_seen_to(pictures, construct):
     captions = captioner.caption([record.path for record in pictures])
     assert [caption.words for caption in captions] == [[*record.captions] for record in pictures]
     report = measure(captioner, pictures, beam_size=1, hidden=1 / 16, draws=3, batch_size=3)
-    assert report.content_words == 8 and report.images == 8
+    assert report.health.content_words == 8 and report.health.images == 8
     assert report.hiding == 1.0 and report.loss_strongest > 0.5
-    assert 0 <= report.loss_random < report.loss_strongest and report.entropy < 0.01
+    assert 0 <= report.loss_random < report.loss_strongest and report.health.entropy < 0.01
     assert report.cider_d > report.cider_d_uniform and report.cider_d > report.cider_d_permuted
     for (loss, low, high), reached in (
         (report.uniform_costs, report.cider_d_uniform),
@@ -300,19 +302,19 @@ def test_a_small_run_is_reported(run, best, scenes, capsys):
     report, again = (measure(captioner, records, beam_size=2, batch_size=4) for _ in range(2))
     assert report == again  # one seed, one answer
     assert report.cider_d == pytest.approx(measure(captioner, records, beam_size=2).cider_d)
-    assert 0 <= report.hiding <= 1 and 0 < report.entropy <= 1 + 1e-6 and math.isfinite(report.loss_random)
+    assert 0 <= report.hiding <= 1 and 0 < report.health.entropy <= 1 + 1e-6 and math.isfinite(report.loss_random)
     capsys.readouterr()
-    print_report(report, "val")
+    show(report, "val", Console(width=120))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "val, 9 images, beam 2" in printed and f"of {report.content_words} words" in printed
+    assert f"val, 9 images, {report.health.content_words} content words, beam 2, seed 0" in printed
 
 
 def test_a_transformer_is_measured_like_any_other(scenes):
     records = COCOCaptions(scenes, "captions_{split}.json", "{split}", ("val",)).read("val")
     decoder = partial(TransformerDecoder, layers=2, heads=2)
     report, again = (measure(model(decoder=decoder), records, beam_size=2, batch_size=4) for _ in range(2))
-    assert report == again and report.content_words > 0
-    assert 0 <= report.hiding <= 1 and 0 < report.entropy <= 1 + 1e-6 and math.isfinite(report.loss_random)
+    assert report == again and report.health.content_words > 0
+    assert 0 <= report.hiding <= 1 and 0 < report.health.entropy <= 1 + 1e-6 and math.isfinite(report.loss_random)
 
 
 def test_without_attention_there_is_nothing_to_measure(scenes):

@@ -39,7 +39,7 @@ LEVELS = {
         "annotation_cache",
         "cache_listing",
     ],
-    2: ["model", "objectives", "datamodule", "evaluation", "caption_files"],
+    2: ["model", "objectives", "datamodule", "evaluation", "caption_files", "attention_health"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
     4: ["task", "fast_captioner", "overlay_page"],
     5: ["model_card", "caption_command"],

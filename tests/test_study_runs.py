@@ -374,7 +374,7 @@ def test_what_is_kept_is_of_the_best_checkpoint(one, trained):
     said = model.caption([record.path for record in records], beam_size=3)
     assert result.captions == {record.image_id: caption.text for record, caption in zip(records, said, strict=True)}
     assert references == {record.image_id: list(record.captions) for record in records}
-    assert result.entropy == pytest.approx(measure(model, records, beam_size=3).entropy, abs=1e-5)
+    assert result.entropy == pytest.approx(measure(model, records, beam_size=3).health.entropy, abs=1e-5)
     assert result.best_epoch == torch.load(best, weights_only=True)["epoch"] + 1 and result.epochs == 6
     everything = sum(parameter.numel() for parameter in model.parameters())
     assert result.parameters == everything - sum(parameter.numel() for parameter in model.encoder.parameters())
