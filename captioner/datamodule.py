@@ -294,7 +294,7 @@ class CaptionData(LightningDataModule):
         return {record.image_id: record.captions for record in self.records[name]}
 
     def scenes(self, name: str) -> dict[str | int, Scene]:
-        """Return by image the built-in scenes of "train", "val" or "test", whose boxes are known; none of other data."""
+        """Return by image the drawn scenes of "train", "val" or "test", whose boxes are known; none of other data."""
         root = getattr(self.files, "root", None)  # the user's own kind of files need not have one
         # Beside their captions, where `write_scenes` puts them.
         if root is None or not Path(root, f"scenes_{self.splits[name]}.json").is_file():

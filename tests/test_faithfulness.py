@@ -14,10 +14,10 @@ from variants import DECODERS, KINDS, D, E, attentions, same, some_annotations
 from captioner.annotation_files import CaptionedImage, COCOCaptions
 from captioner.attention import Additive, Annotations, Attention, MultiHead, NoAttention
 from captioner.attention import Uniform as UniformAttention
+from captioner.attention_health import show
 from captioner.decoders import LSTMDecoder, TransformerDecoder
 from captioner.encoders import ForeignEncoder, SmallCNN
 from captioner.errors import InputError
-from captioner.attention_health import show
 from captioner.faithfulness import intervene, measure, permuted, uniform
 from captioner.images import Preprocessing
 from captioner.model import Captioner
