@@ -41,6 +41,8 @@ if __name__ == "__main__":
         "steps": trainer.global_step,
         "images": task.scored_images,
         "scores": task.scores,
+        "health": None if task.health is None else tuple(task.health),
+        "looks": {image_id: look.hidden for image_id, look in task._looks.items()},
         "words": task.captioner.vocabulary.words,
         "weights": task.state_dict(),
         "annotated": Counting.seen,
@@ -169,6 +171,18 @@ def test_validation_counts_each_image_once(recipe, best, tmp_path):
     first, second, out = in_two("validate", recipe, tmp_path, "--ckpt_path", str(best))
     assert first["images"] == 9 and "val, 9 images" in out  # an odd number: the sampler gives one of them twice
     assert first["scores"] == second["scores"] == pytest.approx(read(best).scores)
+    one = train(["validate", "--config", str(recipe), "--ckpt_path", str(best)]).model.health
+    assert first["health"] == second["health"] == pytest.approx(tuple(one), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_hide_the_regions_that_one_hides(recipe, best, tmp_path):
+    first, second, out = in_two("test", recipe, tmp_path, "--ckpt_path", str(best))
+    one = train(["test", "--config", str(recipe), "--ckpt_path", str(best)]).model._looks
+    assert first["looks"].keys() == second["looks"].keys() == one.keys() and out.count("relative entropy") == 1
+    for image_id, look in one.items():
+        for found, expected in zip(first["looks"][image_id], look.hidden, strict=True):
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -11,15 +11,19 @@ from torch import nn
 from captioner import loops
 from captioner.annotation_files import COCOCaptions
 from captioner.attention import Additive, Attention
+from captioner.attention_health import in_words
 from captioner.checkpoint import read
 from captioner.decoders import LSTMDecoder
+from captioner.demo import score_scenes
 from captioner.encoders import SmallCNN
 from captioner.ensemble import Ensemble
 from captioner.errors import InputError
 from captioner.evaluation import ReferenceCaptions, evaluate
+from captioner.faithfulness import measure
 from captioner.images import read_image
 from captioner.metrics import score_captions
 from captioner.model import Captioner
+from captioner.scenes import read_scenes
 from captioner.task import CaptioningTask
 from captioner.tokens import detokenize
 from captioner.training import train
@@ -52,6 +56,68 @@ def test_the_test_says_how_sure_its_scores_are_as_the_score_command_does(recipe,
     assert (found.captions, found.intervals, found.diversity) == (system.captions, system.intervals, system.diversity)
     assert {name: score.corpus for name, score in system.scores.items()} == cli.model.scores
     assert cli.model.evaluation.human == told.human and cli.model.evaluation.fingerprint == told.fingerprint
+
+
+def test_the_test_measures_attention_as_the_faithfulness_command_does(recipe, best, scenes, capsys):
+    # Of the images to train on, in which it finds things.
+    flags = ["--data.files.splits", "[train]", "--data.test_split", "train"]
+    cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best), *flags])
+    records = COCOCaptions(scenes, "captions_{split}.json", "{split}", ("train",)).read("train")
+    model = Captioner.from_checkpoint(best)
+    found = measure(model, records, beam_size=3, batch_size=8)
+    report, truths = cli.model.report, read_scenes(scenes, "train")
+    # The command is told of no boxes.
+    unpointed = report.health._replace(pointing=None, pointing_uniform=None)
+    assert report._replace(health=found.health, permuted_costs=None) == found._replace(permuted_costs=None)
+    assert unpointed == found.health
+    captions = model.caption([record.path for record in records], beam_size=3)
+    told = score_scenes(captions, [truths[each.image_id] for each in records], [each.captions for each in records])
+    assert report.health.pointing == pytest.approx(told.pointing)
+    assert report.health.pointing_uniform == pytest.approx(told.pointing_uniform) and told.pointing_uniform > 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"train, 22 images, {found.health.content_words} content words, beam 3, seed 0" in printed
+    assert f"{100 * told.pointing:.1f} % {100 * told.pointing_uniform:.1f} % by chance" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.attention_health", "false"], "model.attention_health is false"),
+        (["--model.ensemble", "{best}"], "test them one by one"),
+    ],
+)
+def test_where_attention_is_not_measured_one_line_says_why(flags, said, recipe, best, capsys):
+    flags = [flag.format(best=best) for flag in flags]
+    cli = train(["test", "--config", str(recipe), "--ckpt_path", str(best), *flags])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert said in last and cli.model.report is None
+
+
+@pytest.mark.parametrize("attention", ["NoAttention", "Uniform"])
+def test_a_decoder_that_does_not_choose_where_to_look_has_no_health(attention, fit, recipe, capsys):
+    flags = ["--model.decoder.attention", attention]
+    cli = fit(*flags, "--trainer.max_epochs", "1")
+    assert "entropy" not in capsys.readouterr().out and not [name for name in rows(cli)[0] if "attention/" in name]
+    best = cli.trainer.checkpoint_callback.best_model_path
+    assert train(["test", "--config", str(recipe), "--ckpt_path", best, *flags]).model.report is None
+    assert "has no attention that could be measured" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_each_validation_logs_the_health_of_attention(run, recipe, best, capsys):
+    lines = [line for line in rows(run) if line["attention/entropy"]]
+    assert len(lines) == len([line for line in rows(run) if line["val/CIDEr-D"]]) == 6
+    names = ("entropy", "movement", "same_region", "uniform_loss", "pointing", "pointing_uniform")
+    assert all(0 <= float(line[f"attention/{name}"]) <= 1 for line in lines for name in names if name != "uniform_loss")
+    cli = train(["validate", "--config", str(recipe), "--ckpt_path", str(best)])
+    epoch = torch.load(best, weights_only=True)["epoch"]
+    (line,) = (line for line in lines if int(line["epoch"]) == epoch)
+    for name, value in cli.model.health._asdict().items():
+        if name in names:
+            assert float(line[f"attention/{name}"]) == pytest.approx(value, abs=1e-5)
+    assert f"Attention: {in_words(cli.model.health)}" in " ".join(capsys.readouterr().out.split("\n"))
+    card = best.with_suffix(".md").read_text()
+    assert f"entropy of its weights is {cli.model.health.entropy:.2f}" in card
+    assert f"over the {cli.model.health.content_words} content words" in card
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,22 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from test_annotation_cache import FOREIGN
 from test_task import rows
 
+from captioner.attention_health import Health
 from captioner.checkpoint import read
 from captioner.cli import main
+from captioner.encoders import SmallCNN
 from captioner.errors import InputError
-from captioner.training import train
+from captioner.task import CaptioningTask
+from captioner.training import ScoreLines, train
 
 
 def one_line(capsys):
@@ -81,6 +86,23 @@ def test_the_same_seed_gives_the_same_weights(fit):
 def test_a_trial_and_a_run_without_validation_end_well(recipe, tmp_path):
     for flags in (["--trainer.fast_dev_run", "true"], ["--trainer.limit_val_batches", "0"]):
         assert main(["fit", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), *flags]) == 0
+
+
+def test_a_fault_of_attention_is_said_once_after_the_first_epochs_and_again_where_it_comes_back(capsys):
+    well = Health(40, 100, 0.9, 0.2, 0.1, 0.3, None, None)
+    ill, worse = well._replace(movement=0.0), well._replace(entropy=0.01, same_region=1.0)
+    task, lines, said = CaptioningTask(SmallCNN(size=32, width=4)), ScoreLines(), []
+    for epoch, health in enumerate([ill, ill, ill, ill, worse, worse, well, None, ill]):
+        state = SimpleNamespace(fn=TrainerFn.FITTING)
+        task.health = health
+        trainer = SimpleNamespace(
+            state=state, sanity_checking=False, is_global_zero=True, current_epoch=epoch, callback_metrics={}
+        )
+        lines.on_validation_end(trainer, task)
+        captured = capsys.readouterr()
+        assert captured.out.count("\n") == 1 and ("entropy" in captured.out) == (health is not None)
+        said.append("collapsed" if "collapsed" in captured.err else "dead" if "dead" in captured.err else captured.err)
+    assert said == ["", "", "dead", "", "collapsed", "", "", "", "dead"]
 
 
 # Going on
