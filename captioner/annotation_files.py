@@ -1,302 +1,96 @@
-"""Caption files as they are published, read into one record per image. One class per format."""
+"""Caption files of every format that is known: the classes, and which of them a folder or a file is for."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import mimetypes
-from abc import ABC, abstractmethod
-from collections import Counter
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from captioner.caption_formats import (
+    IMAGE_COLUMNS,
+    TEXT_COLUMNS,
+    CaptionedImage,
+    CaptionFiles,
+    CaptionList,
+    CaptionTable,
+    COCOCaptions,
+    Flickr8k,
+    Flickr30k,
+    ImageFolder,
+    Karpathy,
+    column_of,
+    found_beside,
+    split_folders,
+)
+from captioner.content_splits import SPLITS
 from captioner.errors import InputError
+from captioner.text_files import Report, stop
+
+__all__ = [
+    "AnyFormat",
+    "COCOCaptions",
+    "CaptionFiles",
+    "CaptionList",
+    "CaptionTable",
+    "CaptionedImage",
+    "Flickr8k",
+    "Flickr30k",
+    "ImageFolder",
+    "Karpathy",
+    "open_captions",
+]
+
+PART = 2**16  # bytes at the beginning and at the end of a file that it is recognised by
+SHARES = (0.8, 0.1, 0.1)
+COCO_FILE = re.compile(r"captions_([A-Za-z]+)(\d{4})?\.json")
+SOUGHT = (
+    "Flickr8k.token.txt, a Kaggle captions.txt, Flickr30k's results.csv, Karpathy's dataset_*.json, COCO's "
+    "annotations/captions_*.json or another JSON file of captions, metadata.jsonl, a CSV file or JSON lines with "
+    "columns such as image and caption, and .txt files beside the images"
+)
 
 
-class CaptionedImage(NamedTuple):
-    """An image with all its captions.
+class AnyFormat(CaptionFiles):
+    """A dataset in whichever of the formats below it is; the format is recognised.
 
-    Attributes
+    `Flickr8k`, `Flickr30k`, `Karpathy`, `COCOCaptions`, `CaptionTable` (CSV, JSON lines), and `ImageFolder`
+    (``metadata.jsonl``, or text files beside the images).
+
+    Parameters
     ----------
-    image_id : str or int
-        As the dataset names it; references and captions are matched by it.
-    path : Path
-        The image file.
-    captions : tuple of str
-        The raw captions as published, line breaks and all.
+    root
+        The dataset's folder, or its caption file.
+    shares
+        Where no split comes with it: the shares of train, val and test, see `CaptionList`.
+    seed
+        Another one gives another split.
+
+    Raises
+    ------
+    InputError
+        If it is of none of them, or of several.
     """
 
-    image_id: str | int
-    path: Path
-    captions: tuple[str, ...]
+    def __init__(self, root: Path, shares: tuple[float, float, float] = SHARES, seed: int = 0) -> None:
+        self.root = Path(root)
+        self.files = _recognise(self.root, shares, seed)
+        self.splits = self.files.splits
 
+    def __str__(self) -> str:
+        return str(self.files)
 
-class CaptionFiles(ABC):
-    """A dataset on disk: what every format's class offers.
-
-    Attributes
-    ----------
-    splits : tuple of str
-        The names that `read` and `records` take.
-    """
-
-    splits: tuple[str, ...]
+    @property
+    def format(self) -> str:
+        """The name of the format that was recognised."""
+        return self.files.format
 
     def read(self, split: str) -> list[CaptionedImage]:
-        """Return the captioned images of a split, in the order of its files. Their files exist.
+        """Return the captioned images of a split, see `CaptionFiles.read`."""
+        return self.files.read(split)
 
-        Raises
-        ------
-        InputError
-            If the split is unknown, has no captioned image, or a file or an image is missing or damaged.
-        """
-        records = [record for record in self.records(split) if record.captions]
-        if not records:
-            file = str(self).replace("{split}", split)
-            raise InputError(f"{file} has no image with a caption: give the captions of the split '{split}'.")
-        return _on_disk(records)
-
-    @abstractmethod
-    def records(self, split: str | None = None) -> list[CaptionedImage]:
-        """Return all images of a split, those without a caption too, and look for no image file.
-
-        Parameters
-        ----------
-        split
-            By default all that the caption file holds, where there is one file for all splits.
-
-        Raises
-        ------
-        InputError
-            If the split is unknown, or the caption file is missing or damaged.
-        """
-
-
-class Flickr8k(CaptionFiles):
-    """Flickr8k (Hodosh, Young and Hockenmaier, 2013): five captions for each of 8,000 photographs.
-
-    Parameters
-    ----------
-    root
-        The folder with ``Flickr8k.token.txt``, the lists ``Flickr_8k.{train,dev,test}Images.txt``, and the photographs
-        in ``Images/`` or ``Flicker8k_Dataset/`` (the spelling of the published archive).
-    captions_file
-        The caption file in that folder.
-
-    Notes
-    -----
-    An image's id is its file name. A list is needed only when its split is read.
-    """
-
-    splits = ("train", "dev", "test")
-
-    def __init__(self, root: Path, captions_file: str = "Flickr8k.token.txt") -> None:
-        self.root = Path(root)
-        self.captions_file = captions_file
-
-    def __str__(self) -> str:
-        return str(self.root / self.captions_file)
-
-    def records(self, split: str | None = None) -> list[CaptionedImage]:
+    def records(self, split: str | None = None, report: Report = stop) -> list[CaptionedImage]:
         """Return the images of a split, or all, see `CaptionFiles.records`."""
-        _check_folder(self.root)
-        captions = self._read_captions()
-        names = list(captions) if split is None else self._names(split, captions)
-        published = self.root / "Flicker8k_Dataset"
-        folder = published if published.is_dir() else self.root / "Images"
-        return [CaptionedImage(name, folder / name, tuple(captions[name])) for name in names]
-
-    def _names(self, split: str, captions: dict[str, list[str]]) -> list[str]:
-        _check_split("Flickr8k", split, self.splits)
-        list_file = self.root / f"Flickr_8k.{split}Images.txt"
-        # Without repetitions: every image counts once.
-        names = list(dict.fromkeys(line.strip() for line in _read_lines(list_file) if line.strip()))
-        if not names:
-            raise InputError(f"{list_file} names no image: take the list of the published dataset.")
-        uncaptioned = [name for name in names if name not in captions]
-        if uncaptioned:
-            raise InputError(
-                f"{list_file} names {len(uncaptioned)} images that have no caption in {self.captions_file}, the first "
-                f"is {uncaptioned[0]}: take both files from the same release."
-            )
-        return names
-
-    def _read_captions(self) -> dict[str, list[str]]:
-        path = self.root / self.captions_file
-        captions: dict[str, list[str]] = {}
-        for number, line in enumerate(_read_lines(path), 1):
-            if not line.strip():
-                continue
-            key, tab, caption = line.partition("\t")
-            name, mark, _ = key.rpartition("#")
-            if not tab or not mark:
-                raise InputError(f"{path}, line {number} is not 'name.jpg#number', a tab and a caption: mend the line.")
-            captions.setdefault(name, []).append(caption)
-        if not captions:
-            raise InputError(f"{path} has no caption: take the file of the published dataset.")
-        return captions
-
-
-class COCOCaptions(CaptionFiles):
-    """Captions in COCO's JSON (Chen et al., 2015), read with pycocotools.
-
-    Parameters
-    ----------
-    root
-        The folder that `captions` and `images` are relative to.
-    captions
-        The annotation file of a split, where ``{split}`` stands for its name.
-    images
-        The folder with a split's images, likewise.
-    splits
-        The splits there are.
-
-    Notes
-    -----
-    Ids are COCO's integers. `read` leaves out an image that the file lists without any caption.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        captions: str = "annotations/captions_{split}2017.json",
-        images: str = "{split}2017",
-        splits: tuple[str, ...] = ("train", "val"),
-    ) -> None:
-        self.root = Path(root)
-        self.captions = captions
-        self.images = images
-        self.splits = tuple(splits)
-
-    def __str__(self) -> str:
-        return str(self.root / self.captions)
-
-    def records(self, split: str | None = None) -> list[CaptionedImage]:
-        """Return the images of a split, see `CaptionFiles.records`."""
-        from pycocotools.coco import COCO
-
-        if split is None and "{split}" in self.captions:
-            raise InputError(f"{self} is one file for each split: choose from {', '.join(self.splits)}.")
-        if split is not None:
-            _check_split("This dataset", split, self.splits)
-        _check_folder(self.root)
-        path = self.root / self.captions.replace("{split}", split or "")
-        folder = self.root / self.images.replace("{split}", split or "")
-        # Read here and not by pycocotools, which would decode the file by the computer's language settings.
-        try:
-            dataset = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: download it again."
-            ) from None
-        except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
-            raise InputError(f"{path} is not JSON that can be read: download it again.") from None
-        coco = COCO()
-        try:
-            coco.dataset = {key: dataset[key] for key in ("images", "annotations")}
-            with contextlib.redirect_stdout(io.StringIO()):
-                coco.createIndex()
-            annotations = dataset["annotations"]
-            unreadable = [one["id"] for one in annotations if not isinstance(one["caption"], str)]
-            unknown = list(dict.fromkeys(one["image_id"] for one in annotations if one["image_id"] not in coco.imgs))
-            doubled = [
-                image_id for image_id, times in Counter(one["id"] for one in dataset["images"]).items() if times > 1
-            ]
-            records = [
-                CaptionedImage(
-                    image_id,
-                    folder / image["file_name"],
-                    tuple(annotation["caption"] for annotation in coco.imgToAnns[image_id]),
-                )
-                for image_id, image in coco.imgs.items()
-            ]
-        except KeyError as error:
-            raise InputError(
-                f"{path} lacks the key {error} where one is needed: give a caption file in COCO's format."
-            ) from None
-        except (TypeError, AttributeError):
-            raise InputError(f"{path} is JSON but not COCO's: give 'images' and 'annotations' as lists.") from None
-        if unreadable:
-            raise InputError(f"{path}, annotation {unreadable[0]} has a caption that is not text: mend or remove it.")
-        if unknown:
-            raise InputError(
-                f"{path} has captions of {len(unknown)} images that its 'images' do not list, the first is "
-                f"{unknown[0]!r}: list them, under the same ids."
-            )
-        if doubled:
-            raise InputError(f"{path} lists the image {doubled[0]!r} more than once: keep one entry.")
-        return records
-
-
-class ImageFolder(CaptionFiles):
-    """Images with their captions beside them, as ``captioner caption`` writes them.
-
-    Parameters
-    ----------
-    root
-        The folder with a folder for each split.
-    captions
-        The file in a split's folder that names images in it and their captions, as Hugging Face's ``metadata.jsonl``
-        does: "file_name" and "text", which is a caption or a list of them. Or the extension of text files beside the
-        images, such as ``.txt``, with a caption in each line.
-    splits
-        The splits there are.
-
-    Notes
-    -----
-    An image's id is its path, seen from the folder of its split.
-    """
-
-    def __init__(
-        self, root: Path, captions: str = "metadata.jsonl", splits: tuple[str, ...] = ("train", "val")
-    ) -> None:
-        self.root = Path(root)
-        self.captions = captions
-        self.splits = tuple(splits)
-
-    def __str__(self) -> str:
-        return str(self.root / "{split}" / ("*" * self.captions.startswith(".") + self.captions))
-
-    def records(self, split: str | None = None) -> list[CaptionedImage]:
-        """Return the images of a split, or those of the root itself, see `CaptionFiles.records`."""
-        if split is not None:
-            _check_split("This dataset", split, self.splits)
-        folder = self.root / (split or "")
-        _check_folder(folder)
-        read = self._sidecars if self.captions.startswith(".") else self._metadata
-        return [CaptionedImage(name, folder / name, captions) for name, captions in read(folder).items()]
-
-    def _metadata(self, folder: Path) -> dict[str, tuple[str, ...]]:
-        path = folder / self.captions
-        found: dict[str, tuple[str, ...]] = {}
-        for number, line in enumerate(_read_lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                name, text = record["file_name"], record["text"]
-            except (ValueError, RecursionError, KeyError, TypeError):
-                name = text = None
-            captions = [text] if isinstance(text, str) else text
-            is_list = isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)
-            if not isinstance(name, str) or not is_list:
-                raise InputError(f"{path}, line {number} is not JSON with 'file_name' and 'text': mend the line.")
-            if name in found:
-                raise InputError(f"{path}, line {number} names the image {name} again: give its captions as one list.")
-            found[name] = tuple(captions)
-        return found
-
-    def _sidecars(self, folder: Path) -> dict[str, tuple[str, ...]]:
-        # Not strict: in Python 3.11 WebP is no registered type yet.
-        kinds = {file: mimetypes.guess_type(file, strict=False)[0] for file in folder.rglob("*")}
-        files = sorted(file for file, kind in kinds.items() if kind is not None and kind.startswith("image/"))
-        texts = {file: file.with_suffix(self.captions) for file in files}
-        return {
-            file.relative_to(folder).as_posix(): tuple(line for line in _read_lines(text) if line.strip())
-            for file, text in texts.items()
-            if text.is_file()
-        }
+        return self.files.records(split, report)
 
 
 def open_captions(path: Path) -> CaptionFiles:
@@ -305,73 +99,115 @@ def open_captions(path: Path) -> CaptionFiles:
     Parameters
     ----------
     path
-        A folder as `Flickr8k` or `COCOCaptions` describe it, a COCO caption file (``.json``), or a file of Flickr8k's
-        lines (any other name), with the lists of its splits beside it if these are asked for.
+        As the root of `AnyFormat`. A COCO file has no splits here, since there need not be images to make them of.
 
     Raises
     ------
     InputError
-        If there is no such file or folder, or it is neither.
+        If there is no such file or folder, or it is of no format or of several.
     """
-    if path.is_dir():
-        if (path / "Flickr8k.token.txt").is_file():
-            return Flickr8k(path)
-        if (path / "annotations").is_dir():
-            return COCOCaptions(path)
-        raise InputError(
-            f"{path} holds neither Flickr8k.token.txt nor COCO's folder annotations: "
-            "give the folder that holds one, or the caption file itself."
-        )
-    if not path.exists():
+    files = _recognise(path, SHARES, 0)
+    if isinstance(files, COCOCaptions) and path.is_file():
+        files.splits = ()
+    return files
+
+
+def _recognise(path: Path, shares: tuple[float, float, float], seed: int) -> CaptionFiles:
+    if path.is_file():
+        return _of_file(path, shares, seed)
+    if not path.is_dir():
         raise InputError(f"{path} does not exist: give a dataset's folder or its caption file.")
-    if path.suffix.lower() == ".json":
-        return COCOCaptions(path.parent, captions=path.name, images=".", splits=())
+    found = list(_in_folder(path, shares, seed))
+    if not found:  # as archives are unpacked: in a folder of its own
+        for folder in sorted(inside for inside in path.iterdir() if inside.is_dir() and inside.name[0] not in "._"):
+            found += _listed_in(folder, shares, seed)
+    if not found:
+        raise InputError(
+            f"{path} fits no format of captions: there is none of {SOUGHT}; give the folder that holds one."
+        )
+    if len(found) > 1:
+        fit = "; ".join(f"{files.format} ({files})" for files in found)
+        raise InputError(
+            f"{path} fits several formats: {fit}: name one, such as --data.files {found[0].format}, or give the "
+            "caption file itself."
+        )
+    return found[0]
+
+
+def _in_folder(folder: Path, shares: tuple[float, float, float], seed: int) -> Iterator[CaptionFiles]:
+    """Give a reader for each format that a folder fits."""
+    yield from _listed_in(folder, shares, seed)
+    if found_beside(folder) is not None or any(found_beside(folder / name) for name in split_folders(folder)):
+        yield ImageFolder(folder, shares=shares, seed=seed)
+
+
+def _listed_in(folder: Path, shares: tuple[float, float, float], seed: int) -> Iterator[CaptionFiles]:
+    """Give a reader for each caption file in a folder, but for those that belong to its images one by one."""
+    if (folder / "Flickr8k.token.txt").is_file():
+        yield Flickr8k(folder)
+    yield from _coco_splits(folder)
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        suffix = file.suffix.lower()
+        if suffix == ".json" and not COCO_FILE.fullmatch(file.name):
+            if b'"sentences"' in (part := _ends(file)):
+                yield Karpathy(folder, file.name)
+            elif b'"caption"' in part and b'"file_name"' in part:
+                yield COCOCaptions(folder, file.name, None, SPLITS, shares, seed)
+        elif suffix in (".csv", ".tsv", ".jsonl", ".ndjson") or file.name.lower() == "captions.txt":
+            if file.stem != "metadata" and _is_table(file):
+                yield _of_file(file, shares, seed)
+
+
+def _coco_splits(folder: Path) -> Iterator[CaptionFiles]:
+    """Give a reader for each set of files in COCO's format, one for each split: captions_train2017.json and so on."""
+    groups: dict[str, list[str]] = {}
+    for file in sorted([*folder.glob("annotations/*.json"), *folder.glob("*.json")]):
+        if name := COCO_FILE.fullmatch(file.name):
+            before = file.relative_to(folder).as_posix().removesuffix(file.name)
+            groups.setdefault(f"{before}captions_{{split}}{name[2] or ''}.json", []).append(name[1])
+    for captions, splits in groups.items():
+        year = captions.rpartition("}")[2].removesuffix(".json")
+        first = splits[0]
+        layouts = ("{split}" + year, "images/{split}" + year)
+        images = next((one for one in layouts if (folder / one.replace("{split}", first)).is_dir()), None)
+        yield COCOCaptions(folder, captions, images, tuple(sorted(splits, key=_place)))
+
+
+def _place(split: str) -> tuple[int, str]:
+    return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split
+
+
+def _of_file(path: Path, shares: tuple[float, float, float], seed: int) -> CaptionFiles:
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        if b'"sentences"' in _ends(path):
+            return Karpathy(path.parent, path.name)
+        return COCOCaptions(path.parent, path.name, None, SPLITS, shares, seed)
+    if _first_line(path).startswith("image_name|"):
+        return Flickr30k(path.parent, path.name, shares=shares, seed=seed)
+    if suffix in (".csv", ".tsv", ".jsonl", ".ndjson") or _is_table(path):
+        return CaptionTable(path.parent, path.name, shares=shares, seed=seed)
     return Flickr8k(path.parent, captions_file=path.name)
 
 
-def _check_split(dataset: str, split: str, splits: tuple[str, ...]) -> None:
-    if split not in splits:
-        there_are = f"choose from {', '.join(splits)}" if splits else "it is one file for all, leave the split out"
-        raise InputError(f"{dataset} has no split '{split}'; {there_are}.")
+def _is_table(path: Path) -> bool:
+    """Tell whether a file names an image and a caption in its first line."""
+    first = _first_line(path)
+    names = re.findall(r'"(\w+)"\s*:', first) if first.startswith("{") else re.split(r"[,;\t|]", first)
+    columns = [name.strip(' "\ufeff') for name in names]
+    return None not in (column_of(columns, None, IMAGE_COLUMNS), column_of(columns, None, TEXT_COLUMNS))
 
 
-def _check_folder(root: Path) -> None:
-    if not root.is_dir():
-        raise InputError(f"The folder {root} does not exist: give the folder that holds the dataset.")
+def _first_line(path: Path) -> str:
+    return _ends(path)[:PART].decode("utf-8-sig", errors="replace").lstrip().partition("\n")[0]
 
 
-def _read_lines(path: Path) -> list[str]:
-    # Not splitlines, which would cut a caption at U+2028 and the like.
-    return read_text(path).replace("\r\n", "\n").split("\n")
-
-
-def read_text(path: Path) -> str:
-    """Return a file's text, which is UTF-8, line ends as they are.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read or is not UTF-8.
-    """
+def _ends(path: Path) -> bytes:
+    """Return how a file begins and ends."""
     try:
-        # Bytes first: text mode would turn a carriage return inside a caption into a line break.
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: check the path.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text at byte {error.start}: convert it to UTF-8.") from None
+        with open(path, "rb") as file:
+            part = file.read(PART)
+            file.seek(max(PART, path.stat().st_size - PART))
+            return part + file.read()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from None
-
-
-def _on_disk(records: list[CaptionedImage]) -> list[CaptionedImage]:
-    """Return the records, or raise an `InputError` if an image of theirs is missing."""
-    # One listing of each folder: asking for 100,000 files one by one takes minutes on a network drive.
-    folders = {record.path.parent for record in records}
-    present = {folder: {file.name for file in folder.iterdir()} if folder.is_dir() else set() for folder in folders}
-    missing = [record.path for record in records if record.path.name not in present[record.path.parent]]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(records)} images are missing, the first is {missing[0]}: put the images there."
-        )
-    return records
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None

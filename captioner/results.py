@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioner.annotation_files import read_text
 from captioner.errors import InputError
 from captioner.output_files import write
+from captioner.text_files import read_text
 
 IMAGE_KEYS = ("image_id", "image", "file_name")  # in this order, where a record has several
 

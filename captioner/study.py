@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from captioner.annotation_files import read_text
 from captioner.errors import InputError
+from captioner.text_files import read_text
 
 # Settings that a study makes for each run: nobody else can.
 OWN = ("seed_everything", "trainer.default_root_dir", "trainer.devices", "checkpoint.dirpath", "ckpt_path")

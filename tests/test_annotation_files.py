@@ -85,8 +85,8 @@ def test_flickr8k_bad_line(flickr8k, line):
 
 
 def test_flickr8k_not_utf8(flickr8k):
-    (flickr8k / "Flickr8k.token.txt").write_bytes(b"a.jpg#0\tcaf\xe9")
-    with pytest.raises(InputError, match=r"Flickr8k\.token\.txt is not UTF-8 text at byte 11"):
+    (flickr8k / "Flickr8k.token.txt").write_bytes(b"a.jpg#0\tcoffee\na.jpg#1\tcaf\xe9")
+    with pytest.raises(InputError, match=r"Flickr8k\.token\.txt, line 2 is not UTF-8 text \(byte 12 of it is 0xe9\)"):
         Flickr8k(flickr8k).read("train")
 
 
@@ -167,7 +167,7 @@ def test_coco_missing_image(coco):
             "lacks the key 'caption'",
         ),
         (
-            {"images": [], "annotations": [{"id": 5, "image_id": 1, "caption": None}]},
+            {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 5, "image_id": 1, "caption": None}]},
             "annotation 5 has a caption that is not",
         ),
         ({"images": [], "annotations": []}, "no image with a caption"),
@@ -217,13 +217,16 @@ def test_image_folder_of_text_files(image_folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"file_name": "a.jpg"}', "line 1 is not JSON with 'file_name' and 'text'"),
-        ('\n{"file_name": "a.jpg", "text": 5}', "line 2 is not JSON"),
-        ('{"file_name": 5, "text": "a"}', "line 1 is not JSON"),
-        ('{"file_name": "a.jpg", "text": ["a", null]}', "line 1 is not JSON"),
-        ("[1]", "line 1 is not JSON"),
-        ("{", "line 1 is not JSON"),
-        (2 * '{"file_name": "a.jpg", "text": "a"}\n', "line 2 names the image a.jpg again"),
+        ('{"file_name": "a.jpg"}', r"line 1 has no caption \(captions, caption, text, .*\) among 'file_name'"),
+        ('{"text": "a"}', r"line 1 has no image \(file_name, image, .*\) among 'text'"),
+        ('\n{"file_name": "a.jpg", "text": 5}', "line 2 has a 'file_name' or a 'text' that is no text"),
+        ('{"file_name": 5, "text": "a"}', "line 1 has a 'file_name' or a 'text' that is no text"),
+        ('{"file_name": "a.jpg", "text": ["a", null]}', "line 1 has a 'file_name' or a 'text' that is no text"),
+        ('{"file_name": "a.jpg", "text": " "}', "line 1 has an empty caption"),
+        ('{"file_name": "a.jpg", "text": "\\ud83d"}', "line 1 has half a character"),
+        ('{"file_name": "../a.jpg", "text": "a"}', r"line 1 names the image \.\./a\.jpg, which is outside"),
+        ("[1]", "line 1 is not a JSON object"),
+        ("{", "line 1 is not a JSON object"),
         ('{"file_name": "d.jpg", "text": "a"}', "1 of 1 images are missing"),
         ("", "has no image with a caption"),
     ],
@@ -237,6 +240,8 @@ def test_image_folder_of_damaged_metadata(image_folder, text, message):
 
 def test_image_folder_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="train does not exist"):
-        ImageFolder(tmp_path).read("train")
-    with pytest.raises(InputError, match="has no split 'dev'"):
-        ImageFolder(tmp_path).read("dev")
+        ImageFolder(tmp_path, splits=("train", "val")).read("train")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        ImageFolder(tmp_path / "nowhere").read("train")
+    with pytest.raises(InputError, match="has no split 'seen'"):
+        ImageFolder(tmp_path, splits=("train", "val")).read("seen")

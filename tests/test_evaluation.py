@@ -264,10 +264,10 @@ def test_mistakes_of_every_kind(flickr8k, coco, results, tmp_path, capsys):
     empty.mkdir()
     for args, message in [
         ((tmp_path / "nowhere", path), "does not exist"),
-        ((empty, path), "holds neither Flickr8k.token.txt nor COCO's folder annotations"),
+        ((empty, path), "fits no format of captions: there is none of Flickr8k.token.txt"),
         ((path, path), "is JSON but not COCO's"),
         ((flickr8k, tmp_path / "nowhere.json"), "does not exist"),
-        ((flickr8k, path, "--split", "val"), "no split 'val'; choose from train, dev, test"),
+        ((flickr8k, path, "--split", "seen"), "no split 'seen'; choose from train, dev, test"),
         ((coco, path, "--split", "val"), "leave the split out"),
         ((flickr8k, path, "--train", tmp_path / "nowhere"), "does not exist"),
         ((flickr8k, path, "--json", tmp_path / "no" / "where.json"), "cannot be written"),
@@ -292,7 +292,7 @@ def test_listed():
 
 def test_references_without_a_word_and_an_image_alone_are_remarked_on(tmp_path, results, capsys):
     references = tmp_path / "references.txt"
-    references.write_text("a.jpg#0\t...\na.jpg#1\t\n")
+    references.write_text("a.jpg#0\t...\na.jpg#1\t!\n")
     code, _, err = run(capsys, references, results([("a.jpg", "a dog")]))
     assert code == 0
     assert "references without a word of 1 image (a.jpg)" in err

@@ -12,11 +12,11 @@ import captioner
 
 PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
-    -1: ["errors", "loops", "penn_treebank"],
+    -2: ["errors", "loops", "penn_treebank"],
+    -1: ["content_splits", "images", "text_files"],
     0: [
-        "annotation_files",
+        "caption_formats",
         "tokens",
-        "images",
         "attention",
         "search",
         "checkpoint",
@@ -26,6 +26,7 @@ LEVELS = {
         "precision",
     ],
     1: [
+        "annotation_files",
         "study",
         "image_stream",
         "metrics",
@@ -103,6 +104,9 @@ def python(code):
         "",
         ".errors",
         ".annotation_files",
+        ".caption_formats",
+        ".content_splits",
+        ".text_files",
         ".tokens",
         ".images",
         ".image_stream",
