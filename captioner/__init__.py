@@ -8,7 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captioner.annotation_files import COCOCaptions, Flickr8k, ImageFolder
+    from captioner.annotation_files import (
+        AnyFormat,
+        CaptionTable,
+        COCOCaptions,
+        Flickr8k,
+        Flickr30k,
+        ImageFolder,
+        Karpathy,
+    )
     from captioner.datamodule import CaptionData
     from captioner.decoding import Decoding
     from captioner.ensemble import Ensemble
@@ -23,16 +31,20 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AnyFormat",
     "COCOCaptions",
     "Caption",
     "CaptionData",
+    "CaptionTable",
     "Captioner",
     "CaptioningTask",
     "Decoding",
     "Ensemble",
+    "Flickr30k",
     "Flickr8k",
     "ImageFolder",
     "InputError",
+    "Karpathy",
     "PageImage",
     "Preprocessing",
     "attention_map",
@@ -44,16 +56,20 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AnyFormat": "annotation_files",
     "COCOCaptions": "annotation_files",
     "Caption": "model",
     "CaptionData": "datamodule",
+    "CaptionTable": "annotation_files",
     "Captioner": "model",
     "CaptioningTask": "task",
     "Decoding": "decoding",
     "Ensemble": "ensemble",
+    "Flickr30k": "annotation_files",
     "Flickr8k": "annotation_files",
     "ImageFolder": "annotation_files",
     "InputError": "errors",
+    "Karpathy": "annotation_files",
     "PageImage": "overlay_page",
     "Preprocessing": "images",
     "attention_map": "overlay",

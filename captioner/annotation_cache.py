@@ -53,6 +53,7 @@ class AnnotationCache:
         self.fingerprint = index.fingerprint
         self._grid = index.grid
         self._values = directory.values()
+        self._counts = torch.tensor(directory.counts(index)).long() if index.ragged else None
         self._kept: Tensor | None = None
 
     def __len__(self) -> int:
@@ -93,10 +94,18 @@ class AnnotationCache:
         """
         if self._kept is not None:
             places = torch.tensor(indices, dtype=torch.long, device=self.device)
-            return Annotations(self._kept[places].float(), grid=self._grid)
+            return self._masked(self._kept[places].float(), indices)
         values = torch.from_numpy(self._values[list(indices)].astype(np.float32))
         self._check(values.sum())
-        return Annotations(values, grid=self._grid)
+        return self._masked(values, indices)
+
+    def _masked(self, values: Tensor, indices: Sequence[int]) -> Annotations:
+        """Return the values with what tells which regions exist, and no more regions than one of the images has."""
+        if self._counts is None:
+            return Annotations(values, grid=self._grid)
+        counts = self._counts[list(indices)]
+        most = int(counts.max()) if len(counts) else 0
+        return Annotations(values[:, :most], (torch.arange(most) < counts[:, None]).to(values.device))
 
     def _check(self, total: Tensor) -> None:
         """See that values are finite by their float32 sum, which takes no memory and which float16 never exceeds."""
@@ -126,7 +135,8 @@ class AnnotationCache:
         wanted : Index
             What is to be in it; nothing is done yet.
         compute : callable
-            Gives the annotations batch by batch, in the order of the images, from the image of the given number on.
+            Gives the annotations batch by batch, in the order of the images, from the image of the given number on. Of
+            a ragged cache all are filled up to the same number of regions, and those that exist come first.
         say_waiting : bool
             Print a line before waiting for another process.
 
@@ -207,8 +217,9 @@ def _write(folder: CacheFolder, index: Index, batches: Iterable[Annotations], sh
                 unrecorded = False
                 folder.empty()
                 raise
+            counts = batch.existing().sum(1).cpu().numpy().astype(np.int32) if index.ragged else None
             with _writing(folder, index):
-                index, unrecorded = folder.write(index, values), True
+                index, unrecorded = folder.write(index, values, counts), True
                 if index.complete or time.monotonic() - at >= RECORD_SECONDS:
                     unrecorded = False  # even if it fails: asked again, the disk may forget that it lost something
                     folder.record(index)
@@ -225,7 +236,9 @@ def _half(batch: Annotations, index: Index) -> NDArray[np.float16]:
     """Return the values of a batch, (B, N, D) float16, if a cache can hold them."""
     with np.errstate(over="ignore"):  # said below, and in words
         half = batch.values.detach().float().cpu().numpy().astype(np.float16)
-    if batch.mask is not None or (index.regions and half.shape[1:] != (index.regions, index.size)):
+    if (batch.mask is not None and not index.ragged) or (
+        index.regions and half.shape[1:] != (index.regions, index.size)
+    ):
         raise InputError(
             "These annotations differ in the number of regions from image to image, which a cache cannot hold: "
             "set data.cache to null."
@@ -243,8 +256,8 @@ def _announce(folder: CacheFolder, index: Index) -> None:
     size = index.images * index.row_bytes
     begun = f", from image {index.done + 1:,} on" if index.done else ""
     say(
-        f"Annotating {index.subject} once{begun}: {index.regions:,} regions x {index.size:,} values, "
-        f"{in_gigabytes(size)} in {folder.path}"
+        f"Annotating {index.subject} once{begun}: {'at most ' * index.ragged}{index.regions:,} regions x "
+        f"{index.size:,} values, {in_gigabytes(size)} in {folder.path}"
     )
     free = shutil.disk_usage(folder.path).free
     if size - index.done * index.row_bytes > free:

@@ -199,7 +199,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _first_line(path: Path) -> str:
-    return _ends(path)[:PART].decode("utf-8-sig", errors="replace").lstrip().partition("\n")[0]
+    return _ends(path)[:PART].decode("utf-8-sig", errors="replace").lstrip().partition("\n")[0].rstrip()
 
 
 def _ends(path: Path) -> bytes:

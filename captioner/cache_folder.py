@@ -21,7 +21,7 @@ from captioner.errors import InputError
 FORMAT = 2  # 1 is that of the first release, which wrote no number
 NAME = re.compile("[0-9a-f]{16}")
 # The last are what killed runs of the first release left behind.
-FILES = re.compile(r"lock|values\.npy|(index|progress)\.json|progress\.tmp|(values|index)\.\d+\.tmp")
+FILES = re.compile(r"lock|(values|counts)\.npy|(index|progress)\.json|progress\.tmp|(values|index)\.\d+\.tmp")
 
 
 class CacheFault(InputError):
@@ -60,6 +60,8 @@ class Index:
         (h, w) with h * w == N where the regions are a grid, row by row.
     made : str
         When, as YYYY-MM-DD HH:MM.
+    ragged : bool
+        Whether images differ in their number of regions, of which N is then the largest.
     """
 
     fingerprint: str
@@ -73,6 +75,7 @@ class Index:
     size: int = 0
     grid: tuple[int, int] | None = None
     made: str = ""
+    ragged: bool = False
 
     def __post_init__(self) -> None:
         numbers = (self.images, self.done, self.regions, self.size)
@@ -83,6 +86,8 @@ class Index:
             raise ValueError("Whose annotations are there, their regions are known.")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("These texts are no index's.")
+        if type(self.ragged) is not bool:
+            raise ValueError("This is no index's.")
         if self.grid is not None:
             height, width = self.grid  # JSON hands over a list
             if not all(type(side) is int and side > 0 for side in (height, width)):
@@ -112,7 +117,8 @@ class CacheFolder:
 
     ``values.npy`` has its full length from the beginning. Which of its rows hold annotations stands in
     ``progress.json`` while it is being filled, and in ``index.json`` in the end; both are replaced as a whole, after
-    the values that they speak of are on the disk. ``lock`` is locked by the process that writes.
+    the values that they speak of are on the disk. ``lock`` is locked by the process that writes. Where images differ in
+    their number of regions, it stands in ``counts.npy``, and zeros fill up the values.
 
     Parameters
     ----------
@@ -123,6 +129,7 @@ class CacheFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values_file = path / "values.npy"
+        self.counts_file = path / "counts.npy"
 
     def read(self) -> Index | None:
         """Return what is there, complete or not; None where nothing is.
@@ -143,6 +150,8 @@ class CacheFolder:
             values = self.values()
             if values.dtype != np.float16 or values.shape != (index.images, index.regions, index.size):
                 raise self._fault("holds other values than its index says")
+            if index.ragged:
+                self.counts(index)
             return index
         if self.values_file.exists():
             raise self._fault("has values without an index")
@@ -182,6 +191,25 @@ class CacheFolder:
             raise self._fault("has damaged values or none")
         return values
 
+    def counts(self, index: Index) -> NDArray[np.int32]:
+        """Return the number of regions of each image, (images,) int32, memory-mapped.
+
+        Raises
+        ------
+        CacheFault
+            Where the file is missing, truncated or otherwise damaged.
+        """
+        try:
+            counts: NDArray[np.int32] = np.load(self.counts_file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise self._fault("has damaged counts or none") from error
+        done = counts[: index.done]
+        if counts.dtype != np.int32 or counts.shape != (index.images,):
+            raise self._fault("has damaged counts or none")
+        if done.size and not 1 <= done.min() <= done.max() <= index.regions:
+            raise self._fault("has damaged counts or none")
+        return counts
+
     def _fault(self, what: str) -> CacheFault:
         return CacheFault(self.path, what)
 
@@ -189,20 +217,30 @@ class CacheFolder:
         """Make the file of the values, at its full length, of which nothing is done yet."""
         shape = (index.images, index.regions, index.size)
         np.lib.format.open_memmap(self.values_file, "w+", np.float16, shape)
+        if index.ragged:
+            np.lib.format.open_memmap(self.counts_file, "w+", np.int32, (index.images,))
         self.record(index)
 
-    def write(self, index: Index, values: NDArray[np.float16]) -> Index:
-        """Put the values (B, N, D) of the next images after those that are done, and return the index with them."""
+    def write(self, index: Index, values: NDArray[np.float16], counts: NDArray[np.int32] | None = None) -> Index:
+        """Put the values (B, N, D) of the next images after those that are done, and return the index with them.
+
+        Where images differ in their number of regions, `counts` (B,) are these.
+        """
         # Not through the memory map: where the disk is full, that ends the process instead of raising.
         with self.values_file.open("r+b") as file:
             file.seek(-(index.images - index.done) * index.row_bytes, os.SEEK_END)
             file.write(values.tobytes())
+        if counts is not None:
+            with self.counts_file.open("r+b") as file:
+                file.seek(-(index.images - index.done) * counts.itemsize, os.SEEK_END)
+                file.write(counts.tobytes())
         return replace(index, done=index.done + len(values))
 
     def record(self, index: Index) -> None:
         """Keep how far the values are, so that it outlasts a killed process and a power failure."""
-        with self.values_file.open("r+b") as file:
-            os.fsync(file.fileno())
+        for path in (self.values_file, self.counts_file) if index.ragged else (self.values_file,):
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
         unfinished = self.path / "progress.tmp"
         with unfinished.open("w") as text:
             made = time.strftime("%Y-%m-%d %H:%M")

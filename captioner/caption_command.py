@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from captioner.ensemble import Ensemble
     from captioner.model import Captioner
 
+REGIONS = (".npy", ".npz")
 HELP = """\
 usage: captioner caption PATH... --checkpoint FILE [options]
 
@@ -249,9 +250,7 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
     InputError
         Where an option, a checkpoint or a file cannot be used.
     """
-    from captioner.images import find_images
-
-    work = _Work(options, find_images(options.paths), decoding_of(options))
+    work = _Work(options, _find(options.paths), decoding_of(options))
     with ExitStack() as held:
         todo = work.begin(held)
         try:
@@ -261,6 +260,18 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
         except KeyboardInterrupt:
             say(work.interrupted())
             return 130
+
+
+def _find(paths: Sequence[str]) -> list[Path]:
+    """Find images, or else files of regions, which some models see in place of images."""
+    from captioner.images import find_images
+
+    try:
+        return find_images(paths)
+    except InputError:
+        with suppress(InputError):
+            return find_images(paths, REGIONS)
+        raise
 
 
 def decoding_of(options: argparse.Namespace) -> Decoding:
@@ -447,8 +458,11 @@ class _Work:
         """Caption images, and hand the captions on batch by batch."""
         from captioner.fast_captioner import FastCaptioner
         from captioner.image_stream import read_images
+        from captioner.region_files import read_region_files
 
-        options = self.options
+        options, region_dim = self.options, model.region_dim
+        if region_dim is not None and self.pictures:
+            raise InputError("--overlay draws on images, and this model sees regions without a place: leave it out.")
         compiled_for = options.batch_size if options.compile else None
         options.precision = options.precision or _faster_precision(options.device)
         fast = FastCaptioner(model, options.precision, compiled_for=compiled_for)
@@ -456,7 +470,11 @@ class _Work:
         with (
             progress_bar(self.printed) as progress,
             saying_of_fonts(progress) if self.pictures else nullcontext(),
-            closing(read_images(todo, model.preprocessings, options.workers, options.batch_size)) as batches,
+            closing(
+                read_images(todo, model.preprocessings, options.workers, options.batch_size)
+                if region_dim is None
+                else read_region_files(todo, region_dim, options.batch_size)
+            ) as batches,
             closing(fast.work_through(batches, partial(self._caption_batch, fast), expected)) as captioned,
         ):
             bar = progress.add_task("Captioning", total=len(self.paths), completed=self.done)
@@ -480,19 +498,25 @@ class _Work:
         """Return all images, with what is wrong with them if anything is, and the captions of the others."""
         import torch
 
+        from captioner.region_files import pad_regions
+
         outcomes, readable = {}, []
-        for _, path, pixels in batch:
+        for _, path, given in batch:
             outcomes[path] = Outcome(path)
-            if isinstance(pixels, InputError):
-                outcomes[path] = Outcome(path, fault=in_one_line(pixels))
+            if isinstance(given, InputError):
+                outcomes[path] = Outcome(path, fault=in_one_line(given))
             else:
-                readable.append((path, pixels))
+                readable.append((path, given))
         if not readable:
             return outcomes, []
-        squares = [torch.stack(each) for each in zip(*(pixels for _, pixels in readable), strict=True)]
+        each_way = zip(*(given for _, given in readable), strict=True)
+        if fast.model.region_dim is None:
+            seen = fast.annotate_pixels([torch.stack(squares) for squares in each_way])
+        else:
+            seen = fast.model.annotate_regions(pad_regions(next(each_way)))
         # What is drawn for an image follows from its name, whatever else is captioned with it.
         numbers = [zlib.crc32(os.fsencode(path.name)) for path, _ in readable]
-        found = fast.caption_pixels(squares, self.decoding, numbers=numbers, with_attention=bool(self.pictures))
+        found = fast.caption_seen(seen, self.decoding, numbers=numbers, with_attention=bool(self.pictures))
         return outcomes, [(path, captions) for (path, _), captions in zip(readable, found, strict=True)]
 
     def _hand_on(self, path: Path, captions: Sequence[Any], preprocessing: Any) -> Outcome:

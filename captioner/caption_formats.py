@@ -623,7 +623,7 @@ def read_table(path: Path, image_column: str | None, text_column: str | None, re
             report(fault)
             continue
         name, split = row[image], row.get("split") or None
-        texts = [row[text]] if is_json else [row.get(text), *_further(row, text)]
+        texts = [row[text]] if is_json else [row[text], *_further(row, text)]
         captions = _texts(texts)
         if not isinstance(name, str) or not name or not isinstance(split, str | None) or captions is None:
             report(Fault.at(path, number, f"has a {image!r} or a {text!r} that is no text: mend the line.", "line"))

@@ -18,6 +18,7 @@ from captioner.annotation_files import CaptionedImage, CaptionFiles
 from captioner.attention import Annotations
 from captioner.errors import InputError
 from captioner.images import Preprocessing, random_box, read_image
+from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
 from captioner.tokens import mirror, tokenize
 from captioner.vocabulary import Vocabulary, pad
@@ -33,9 +34,9 @@ class Batch(NamedTuple):
     image_ids : list
         Of the B images.
     images : Tensor or None
-        (B, 3, S, S) uint8; None where the annotations come from a cache.
+        (B, 3, S, S) uint8; None where there are annotations.
     annotations : Annotations or None
-        From a cache.
+        From a cache, or from files of regions.
     tokens : Tensor or None
         (B, Q, T + 1) ids of their captions from ``<bos>`` on, padded; None where captions are to be found.
     """
@@ -71,6 +72,8 @@ class CaptionedImages(Dataset[Batch]):
     crop : float
         Take a random part of each image that holds this share of its area at least, anew each time; 1 takes what the
         preprocessing does.
+    region_dim : int, optional
+        D, where the records' files hold regions and not images.
     """
 
     def __init__(
@@ -85,10 +88,12 @@ class CaptionedImages(Dataset[Batch]):
         mirrored_captions: list[list[list[int]]] | None = None,
         mirrored_cache: AnnotationCache | None = None,
         crop: float = 1.0,
+        region_dim: int | None = None,
     ) -> None:
         self.records, self.preprocessing, self.captions = records, preprocessing, captions
         self.captions_per_image, self.cache, self.crop = captions_per_image, cache, crop
         self.mirrored_captions, self.mirrored_cache = mirrored_captions, mirrored_cache
+        self.region_dim = region_dim
         self.kept = self._read_all() if keep_in_memory and cache is None else None
 
     def __len__(self) -> int:
@@ -105,6 +110,8 @@ class CaptionedImages(Dataset[Batch]):
         images = annotations = None
         if self.cache is not None:
             annotations = self._rows(self.cache, indices, mirrored)
+        elif self.region_dim is not None:
+            annotations = pad_regions([read_regions(self.records[index].path, self.region_dim) for index in indices])
         elif self.kept is not None:
             images = self.kept[indices]
         else:
@@ -200,7 +207,7 @@ class CaptionData(LightningDataModule):
     Parameters
     ----------
     files : CaptionFiles
-        Where images and captions are: Flickr8k or COCOCaptions.
+        Where images and captions are: AnyFormat, or the class of one format such as Flickr8k.
     train_split, val_split, test_split : str
         Names of the splits, as `files` calls them.
     batch_size : int
@@ -213,6 +220,9 @@ class CaptionData(LightningDataModule):
         A longer training caption is cut.
     num_workers : int
         Processes that read images.
+    regions : Path, optional
+        Folder with the regions of each image, computed beforehand, in a .npy or .npz file (N, D) that is called as the
+        image; for the encoder PrecomputedRegions. The images themselves need not be there.
     cache : Path, optional
         Directory for the annotations of a frozen encoder, so that the CNN sees each image once and not once an epoch.
     keep_in_memory : bool
@@ -245,6 +255,7 @@ class CaptionData(LightningDataModule):
         keep_in_memory: bool = False,
         flip: bool = False,
         crop: float = 1.0,
+        regions: Path | None = None,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
@@ -260,12 +271,18 @@ class CaptionData(LightningDataModule):
                 f"data.crop {crop} takes another part of an image each time, which data.cache and data.keep_in_memory "
                 "cannot give: set them to null and false, or data.crop to 1."
             )
-        self.files = files
+        if regions is not None and (flip or crop < 1 or keep_in_memory):
+            raise InputError(
+                "data.regions are read as they are, in place of images: set data.flip and data.keep_in_memory to false "
+                "and data.crop to 1."
+            )
+        self.files, self.regions = files, regions
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
         self.max_words, self.num_workers, self.cache = max_words, num_workers, cache
         self.keep_in_memory, self.flip, self.crop = keep_in_memory, flip, crop
         self.preprocessing: Preprocessing | None = None
+        self.region_dim: int | None = None  # told by the task, as the preprocessing is
         self.vocabulary: Vocabulary | None = None
         self.records: dict[str, list[CaptionedImage]] = {}
         self.caches: dict[str, AnnotationCache] = {}
@@ -276,7 +293,12 @@ class CaptionData(LightningDataModule):
         """Read the caption files; for training, build the vocabulary from the training captions."""
         for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             if name not in self.records:
-                self.records[name] = self.files.read(self.splits[name])
+                split = self.splits[name]
+                self.records[name] = (
+                    self.files.read(split)
+                    if self.regions is None
+                    else find_regions(Path(self.regions), self.files.captioned(split))
+                )
         if stage == "fit" and self.vocabulary is None:
             self._tokens = [[tokenize(caption) for caption in record.captions] for record in self.records["train"]]
             # Of the captions as they are, mirrored or not: a run with mirrored images can go on from one without.
@@ -324,6 +346,21 @@ class CaptionData(LightningDataModule):
         for images in read:
             yield images.flip(-1) if mirrored else images
 
+    def region_batches(self, name: str, first: int = 0) -> Iterator[Annotations]:
+        """Give the regions of the images of "train", "val" or "test" in order, all filled up to the same number.
+
+        Parameters
+        ----------
+        name, first
+            As for :meth:`images`.
+        """
+        assert self.region_dim is not None, UNTOLD
+        paths = [record.path for record in self.records[name]]
+        most = max(map(count_regions, paths))
+        for start in range(first, len(paths), self.batch_size):
+            batch = paths[start : start + self.batch_size]
+            yield pad_regions([read_regions(path, self.region_dim) for path in batch], most)
+
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         return batches(self._dataset("train"), self.batch_size, self._workers("train"), shuffle=True)
 
@@ -358,6 +395,7 @@ class CaptionData(LightningDataModule):
             mirrored_captions=mirrored_captions,
             mirrored_cache=mirrored_cache,
             crop=self.crop if name == "train" else 1.0,
+            region_dim=None if self.regions is None else self.region_dim,
         )
         return self._datasets[name]
 

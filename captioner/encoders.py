@@ -471,6 +471,33 @@ class _Residual(nn.Module):
         return torch.relu(x + self.second(self.first(x)))
 
 
+class PrecomputedRegions(Encoder):
+    """Stands where a detector ran beforehand: the annotations of each image are read from the files of `data.regions`.
+
+    Parameters
+    ----------
+    dim : int
+        D, values of a region.
+    """
+
+    def __init__(self, *, dim: int = 2048) -> None:
+        super().__init__(dim, Preprocessing(), learns=False)  # which no image goes through
+        self.dim = dim
+
+    def features(self, images: Tensor) -> Tensor:
+        """Refuse images.
+
+        Raises
+        ------
+        InputError
+            Always.
+        """
+        raise InputError(
+            f"This model sees regions that were computed beforehand, and no images: give .npy or .npz files of "
+            f"N x {self.dim} values, one for each image."
+        )
+
+
 class ForeignEncoder(Encoder):
     """Any module that turns normalised images (B, 3, S, S) into a map (B, C, h, w), tokens (B, N, D) or annotations.
 

@@ -118,6 +118,11 @@ class Ensemble(ImageCaptioner[list[Annotations]]):
         dtype = self.captioners[0].embedding.weight.dtype
         return [each._replace(values=each.values.to(dtype)) for each in seen]
 
+    def annotate_regions(self, regions: Annotations) -> list[Annotations]:  # noqa: D102
+        if self.region_dim is None:
+            raise InputError("The models of this ensemble see images, not regions: give images.")
+        return [member.annotate_regions(regions) for member in self.captioners]
+
     @torch.no_grad()
     def caption_annotations(  # noqa: D102
         self,

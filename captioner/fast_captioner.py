@@ -84,6 +84,17 @@ class FastCaptioner(Generic[Seen]):
     ) -> list[list[Caption]]:
         """Caption images, given as for :meth:`annotate_pixels`; see :meth:`ImageCaptioner.caption_annotations`."""
         seen = self.annotate_pixels(pixels)
+        return self.caption_seen(seen, decoding, numbers=numbers, with_attention=with_attention)
+
+    def caption_seen(
+        self,
+        seen: Seen,
+        decoding: Decoding,
+        *,
+        numbers: Sequence[int] | None = None,
+        with_attention: bool = True,
+    ) -> list[list[Caption]]:
+        """Caption images by what was seen of them; see :meth:`ImageCaptioner.caption_annotations`."""
         with self._compiling():
             return self.model.caption_annotations(seen, decoding, numbers=numbers, with_attention=with_attention)
 

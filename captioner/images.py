@@ -275,8 +275,8 @@ def _to_rgb(image: Image.Image, limits: tuple[float, float] | None) -> Image.Ima
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """List the image files that are given or lie in given folders.
+def find_images(paths: Iterable[str | Path], suffixes: tuple[str, ...] | None = None) -> list[Path]:
+    """List the image files, or others, that are given or lie in given folders.
 
     Nothing is opened. What stands in the list and turns out to be no image, a broken link, a pipe or a folder that may
     not be looked into, is an error of its own when it is read.
@@ -290,6 +290,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         ones start from the current directory; a pattern like "photos/*.jpg" or "photos/**/*.png", whose matches are
         folders and names with an image's suffix, hidden ones left out. Folders that hold no image are passed over, as
         among what a shell makes of "holiday/*", if there are images elsewhere.
+    suffixes
+        Of the files, in lower case; by default images'.
 
     Returns
     -------
@@ -303,11 +305,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         If a path does not exist, a list cannot be read or names nothing that exists, a pattern matches nothing, or all
         of them come to no image.
     """
+    suffixes = suffixes or _known()
     found: dict[str, Path] = {}
     real = functools.cache(os.path.realpath)
     empty: list[Path] = []
-    for path in (path for given in paths for path in _named(os.fspath(given))):
-        files = _search(path) if os.path.isdir(path) else [path]
+    for path in (path for given in paths for path in _named(os.fspath(given), suffixes)):
+        files = _search(path, suffixes) if os.path.isdir(path) else [path]
         for file in files:
             # The folder's real path is looked up once for all files in it.
             same = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(file.parent), file.name)
@@ -316,12 +319,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             empty.append(path)
     if empty and not found:
         raise InputError(
-            f"The folder {in_one_line(empty[0])} holds no image: it needs files ending in {', '.join(_known())}."
+            f"The folder {in_one_line(empty[0])} holds no image: it needs files ending in {', '.join(suffixes)}."
         )
     return list(found.values())
 
 
-def _named(path: str) -> list[Path]:
+def _named(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Resolve a list or a pattern to the files and folders that it names."""
     if os.path.lexists(path):
         return [Path(path)]
@@ -335,8 +338,8 @@ def _named(path: str) -> list[Path]:
             raise InputError(f"{reason}: give @ and a text file with one path a line.") from None
         return _lines(data, in_one_line(path[1:]))
     if glob.has_magic(path):
-        if not (matches := _matches(path)):
-            raise InputError(f"Nothing matches {in_one_line(path)}: it needs files ending in {', '.join(_known())}.")
+        if not (matches := _matches(path, suffixes)):
+            raise InputError(f"Nothing matches {in_one_line(path)}: it needs files ending in {', '.join(suffixes)}.")
         return matches
     raise InputError(f"There is no file or folder {in_one_line(path)}: check the path.")
 
@@ -354,12 +357,8 @@ def _known() -> tuple[str, ...]:
     return tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
 
-def _has_suffix(name: str) -> bool:
-    return name.lower().endswith(_known())
-
-
-def _search(folder: Path) -> list[Path]:
-    """List the files of a folder that have an image's suffix, and the folders in it that may not be looked into."""
+def _search(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """List the files of a folder that have such a suffix, and the folders in it that may not be looked into."""
     files: list[Path] = []
     for current, entries in _walk(os.fspath(folder)):
         if isinstance(entries, OSError):
@@ -368,7 +367,7 @@ def _search(folder: Path) -> list[Path]:
                 raise InputError(f"{reason}: give one that you may read.")
             files.append(Path(current))
         else:
-            files += [Path(entry) for entry in entries if _has_suffix(entry) and not os.path.isdir(entry)]
+            files += [Path(entry) for entry in entries if entry.lower().endswith(suffixes) and not os.path.isdir(entry)]
     return sorted(files)
 
 
@@ -401,7 +400,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str] | OSError]]:
             yield current, inside
 
 
-def _matches(pattern: str) -> list[Path]:
+def _matches(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
     """List what matches a pattern, as a shell expands it, "**" standing for any folders.
 
     Python's own `glob` goes round in the loops that links make.
@@ -420,7 +419,7 @@ def _matches(pattern: str) -> list[Path]:
             ]
         else:
             found = [name for name in (os.path.join(folder, part) for folder in found) if os.path.lexists(name)]
-    return sorted(Path(name) for name in set(found) if os.path.isdir(name) or _has_suffix(name))
+    return sorted(Path(name) for name in set(found) if os.path.isdir(name) or name.lower().endswith(suffixes))
 
 
 def _list_folder(path: str) -> list[str]:

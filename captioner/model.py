@@ -29,9 +29,10 @@ from captioner.bridges import Bridge, NoBridge
 from captioner.checkpoint import Contents, read
 from captioner.decoders import Decoder, LSTMDecoder, State
 from captioner.decoding import Decoding
-from captioner.encoders import Encoder, ForeignEncoder
+from captioner.encoders import Encoder, ForeignEncoder, PrecomputedRegions
 from captioner.errors import InputError
 from captioner.images import Preprocessing, read_image
+from captioner.region_files import check_regions, pad_regions, read_regions
 from captioner.search import Hypothesis, Limits, Samples, StepFunction, beam_search, draw, sample
 from captioner.tokens import detokenize, tokenize
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
@@ -54,6 +55,7 @@ PARTS: dict[str, type] = {
         decoders.LSTMDecoder,
         decoders.TransformerDecoder,
         encoders.ForeignEncoder,
+        encoders.PrecomputedRegions,
         encoders.ResNet,
         encoders.SmallCNN,
         encoders.VGG16,
@@ -251,6 +253,22 @@ class ImageCaptioner(ABC, Generic[Seen]):
         Under autocast encoders compute in its precision. What is given is in the model's own.
         """
 
+    @property
+    def region_dim(self) -> int | None:
+        """D of the regions that it sees in place of images; None where it sees images."""
+        encoders = [captioner.encoder for captioner in self.captioners]
+        dims = {one.annotation_dim if isinstance(one, PrecomputedRegions) else None for one in encoders}
+        if len(dims) > 1:
+            raise InputError(
+                "Some models of the ensemble see regions that were computed beforehand, and others see images or other "
+                "regions: give models that see the same."
+            )
+        return dims.pop()
+
+    @abstractmethod
+    def annotate_regions(self, regions: Annotations) -> Seen:
+        """Take regions that were computed beforehand, on any device, for what is seen of B images."""
+
     @abstractmethod
     def caption_annotations(
         self,
@@ -320,9 +338,7 @@ class ImageCaptioner(ABC, Generic[Seen]):
             decoder's positions reach.
         """
         vocabulary = self.captioners[0].vocabulary
-        opened = _open_image(image, 0)
-        seen = self.annotate_pixels([preprocessing.pixels(opened)[None] for preprocessing in self.preprocessings])
-        (attended,) = self.attend_annotations(seen, [caption])
+        (attended,) = self.attend_annotations(self._see([image], 0), [caption])
         if unknown := vocabulary.unknown(attended.words):
             warnings.warn(unknown_words(unknown), stacklevel=2)
         return attended
@@ -340,7 +356,8 @@ class ImageCaptioner(ABC, Generic[Seen]):
         Parameters
         ----------
         images : sequence of images
-            Paths, PIL images, (H, W, 3) or (H, W) uint8 arrays, (3, H, W) uint8 tensors. Or one of them.
+            Paths, PIL images, (H, W, 3) or (H, W) uint8 arrays, (3, H, W) uint8 tensors. Or one of them. For a model
+            that sees regions: paths of .npy or .npz files, or (N, D) arrays or tensors.
         decoding : Decoding, optional
             How captions are found.
         batch_size : int
@@ -393,13 +410,20 @@ class ImageCaptioner(ABC, Generic[Seen]):
 
     def _stream(self, images: Iterator[ImageSource], decoding: Decoding, batch_size: int) -> Iterator[list[Caption]]:
         first = 0
-        while opened := [_open_image(image, first + place) for place, image in enumerate(islice(images, batch_size))]:
-            pixels = [
-                torch.stack([preprocessing.pixels(image) for image in opened]) for preprocessing in self.preprocessings
-            ]
-            numbers = range(first, first + len(opened))
-            yield from self.caption_annotations(self.annotate_pixels(pixels), decoding, numbers=numbers)
-            first += len(opened)
+        while batch := list(islice(images, batch_size)):
+            numbers = range(first, first + len(batch))
+            yield from self.caption_annotations(self._see(batch, first), decoding, numbers=numbers)
+            first += len(batch)
+
+    def _see(self, images: Sequence[ImageSource], first: int) -> Seen:
+        """Look at images, or at their regions, of which the first has this number."""
+        if (dim := self.region_dim) is not None:
+            opened = [_open_regions(image, first + place, dim) for place, image in enumerate(images)]
+            return self.annotate_regions(pad_regions(opened))
+        pictures = [_open_image(image, first + place) for place, image in enumerate(images)]
+        return self.annotate_pixels(
+            [torch.stack([preprocessing.pixels(image) for image in pictures]) for preprocessing in self.preprocessings]
+        )
 
 
 def unknown_words(words: Sequence[str]) -> str:
@@ -468,6 +492,17 @@ def _open_image(image: ImageSource, number: int) -> Image.Image:
     raise InputError(
         f"Image {number} is {kind}: give a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a uint8 tensor "
         "(3, H, W)."
+    )
+
+
+def _open_regions(regions: ImageSource, number: int, dim: int) -> NDArray[np.float32]:
+    if isinstance(regions, str | Path):
+        return read_regions(Path(regions), dim)
+    array = regions.detach().cpu().numpy() if isinstance(regions, Tensor) else regions
+    if isinstance(array, np.ndarray):
+        return check_regions(array, dim, f"Image {number}")
+    raise InputError(
+        f"Image {number} is of type {type(regions).__name__}: give its regions, a path or an array (N, D)."
     )
 
 
@@ -671,6 +706,10 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
             annotations = self.annotate(images.to(self.device))
         return annotations._replace(values=annotations.values.to(self.embedding.weight.dtype))
 
+    def annotate_regions(self, regions: Annotations) -> Annotations:  # noqa: D102
+        values = regions.values.to(self.embedding.weight)  # its device and its precision
+        return regions._replace(values=values, mask=regions.existing().to(values.device))
+
     @torch.no_grad()
     def caption_annotations(  # noqa: D102
         self,
@@ -711,8 +750,7 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
             Where the image cannot be read.
         """
         with evaluating(self):
-            pixels = self.preprocessing.pixels(image if isinstance(image, Image.Image) else read_image(image))
-            memory = self.memory(self.annotate(pixels[None].to(self.device)))
+            memory = self.memory(self._see([image], 0))
             ids = self.vocabulary.encode(words, max_words=len(words))[:-1]  # the end is never fed
             weights = self.decoder.head_weights(self.embed(torch.tensor([ids], device=self.device)), memory)
         return None if weights is None else weights[0, 0, :, :, : len(words)]  # without the look before the end

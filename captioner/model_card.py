@@ -107,7 +107,7 @@ def _data(data: CaptionData) -> str:
     if data.crop < 1:
         notes.append(f"Random parts of the images are shown, of at least {data.crop:g} of their area.")
     table = _table(rows, ("split", "for", "images", "captions"))
-    return f"{type(data.files).__name__}{place}:\n\n{table}\n\n{' '.join(notes)}"
+    return f"{data.files.format}{place}:\n\n{table}\n\n{' '.join(notes)}"
 
 
 def _captions(data: CaptionData, name: str) -> int:

@@ -280,7 +280,7 @@ def train_and_caption(run: Run) -> tuple[Result, References]:
         annotation_dim=model.encoder.annotation_dim,
         grid=found.grid,
         beam_size=task.beam_size,
-        data=f"{type(data.files).__name__}, split {data.splits['val']}",
+        data=f"{data.files.format}, split {data.splits['val']}",
         encoder=in_words(model.encoder, str(cli.trainer.precision)),
         command=run.command,
         made=date.today().isoformat(),

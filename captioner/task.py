@@ -29,7 +29,7 @@ from captioner.cache_folder import Index
 from captioner.checkpoint import KEY, pack, read, unpack
 from captioner.datamodule import Batch, CaptionData
 from captioner.decoders import Decoder, LSTMDecoder
-from captioner.encoders import Encoder, ForeignEncoder
+from captioner.encoders import Encoder, ForeignEncoder, PrecomputedRegions
 from captioner.ensemble import Ensemble
 from captioner.errors import InputError
 from captioner.evaluation import Evaluation, ReferenceCaptions, evaluate_captions
@@ -57,7 +57,7 @@ class CaptioningTask(LightningModule):
     Parameters
     ----------
     encoder : nn.Module
-        VGG16, ResNet, SmallCNN, or ForeignEncoder around any other module.
+        VGG16, ResNet, SmallCNN, ForeignEncoder around any other module, or PrecomputedRegions.
     bridge : callable
         What stands between encoder and decoder: LinearBridge, TransformerBridge or NoBridge.
     decoder : callable
@@ -208,6 +208,11 @@ class CaptioningTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse settings of another stage, and those that do not go together, before caches are filled."""
         self.check_settings(TrainerFn(stage).value)
+        if isinstance(self._encoder[0], PrecomputedRegions) != (self.data.regions is not None):
+            raise InputError(
+                "data.regions and the encoder PrecomputedRegions belong together: give both, as in --data.regions "
+                "FOLDER --model.encoder PrecomputedRegions --model.encoder.dim 2048, or neither."
+            )
         if stage == TrainerFn.FITTING and isinstance(self.objective, SelfCritical) and self.data.flip:
             raise InputError(
                 "Self-critical training rewards captions by those of the images as they are, and not mirrored: set "
@@ -217,6 +222,7 @@ class CaptioningTask(LightningModule):
     def configure_model(self) -> None:
         """Build the captioner from the vocabulary of the training captions; without them it waits for a checkpoint."""
         self.data.preprocessing = self._encoder[0].preprocessing
+        self.data.region_dim = self._encoder[0].annotation_dim
         if self.model is None and self.data.vocabulary is not None:
             self._build(self.data.vocabulary)
             self._starts = True
@@ -287,7 +293,7 @@ class CaptioningTask(LightningModule):
     def _open_caches(self, directory: Path) -> None:
         data, encoder = self.data, self.captioner.encoder
         settings = {**describe(encoder), "precision": str(self.trainer.precision)}
-        del settings["recompute"]  # which decides about gradients
+        settings.pop("recompute", None)  # which decides about gradients
         settings.pop("weights", None)  # the tensors themselves are hashed: where they came from changes nothing
         if isinstance(encoder, ForeignEncoder):
             settings["module"] = [encoder.module_name, repr(encoder.module), _source(encoder.module)]
@@ -298,12 +304,15 @@ class CaptioningTask(LightningModule):
             wanted = Index(
                 fingerprint(of_view, sorted(encoder.state_dict().items()), files),
                 len(files),
-                dataset=f"{type(data.files).__name__} in {files[0].parent}",
+                dataset=f"{data.files.format} in {files[0].parent}",
                 split=data.splits[name],
                 encoder=in_words(encoder, settings["precision"]),
                 view="mirrored" if mirrored else "upright",
+                ragged=data.regions is not None,
             )
             compute = partial(self._annotate_all, name, mirrored)
+            if data.regions is not None:
+                compute = partial(data.region_batches, name)
             # Of the processes of a run any one fills it; that another one waits need be said once.
             return AnnotationCache.open(directory, wanted, compute, say_waiting=self.trainer.is_global_zero)
 
@@ -403,7 +412,10 @@ class CaptioningTask(LightningModule):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Caption a batch with the beam, and see what its attention is worth."""
         assert self._members is not None
-        annotations = self._members.annotate(lambda preprocessing: self._pixels(batch, preprocessing))
+        if batch.annotations is not None:
+            annotations = self._members.annotate_regions(batch.annotations)
+        else:
+            annotations = self._members.annotate(lambda preprocessing: self._pixels(batch, preprocessing))
         search = {"beam_size": self.beam_size, **self._limits}
         found = self._keep(batch, self._members.search(annotations, **search))
         if self.why_no_health is None:
@@ -610,6 +622,8 @@ def in_words(encoder: Encoder, precision: str) -> str:
     name = encoder.module_name if isinstance(encoder, ForeignEncoder) else type(encoder).__name__
     unsaid = ("class", "preprocessing", "learns", "recompute")
     words = [f"{key} {value}" for key, value in describe(encoder).items() if key not in unsaid and value is not None]
+    if isinstance(encoder, PrecomputedRegions):
+        return ", ".join([name, *words])
     return ", ".join([name, *words, f"{encoder.preprocessing.fit} {encoder.preprocessing.size}", precision])
 
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -164,4 +165,4 @@ def read_rows(path: Path, report: Report = stop, delimiter: str | None = None) -
             advice = "put a caption with commas in double quotes"
             report(Fault.at(path, begun, f"has {len(row)} values for {len(header)} columns: {advice}.", "CSV"))
         else:
-            yield begun, dict(zip(header, row, strict=False))
+            yield begun, dict(zip_longest(header, row, fillvalue=""))  # values may be left out at a row's end

@@ -34,10 +34,13 @@ from captioner.task import CaptioningTask
 MONITOR = "val/CIDEr-D"
 EARLIEST = 3  # the first epoch whose attention is warned of
 EXAMPLES = """\
-Four examples:
+Five examples:
 
   captioner fit --config configs/flickr8k.yaml --data.files.root data/flickr8k
       trains the recipe on Flickr8k's official files
+
+  captioner fit --config configs/own.yaml --data.files.root photos
+      trains on your own captions, whose format is recognised
 
   captioner fit --config configs/flickr8k.yaml --data.files COCOCaptions --data.files.root data/coco \\
       --data.val_split val --model.decoder.attention MultiHead
@@ -125,6 +128,7 @@ class TrainingCLI(LightningCLI):
                 "early_stopping.mode": "max",
                 "early_stopping.patience": 10,
                 "early_stopping.strict": False,  # an epoch without validation is no reason to break off
+                "data.files": {"class_path": "AnyFormat"},  # so that --data.files.root alone is enough
                 "trainer.default_root_dir": "runs",
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.enable_model_summary": False,

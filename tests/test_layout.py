@@ -29,6 +29,7 @@ LEVELS = {
         "annotation_files",
         "study",
         "image_stream",
+        "region_files",
         "metrics",
         "results",
         "vocabulary",
