@@ -338,7 +338,10 @@ def _faithfulness(args: Sequence[str]) -> int:
 def _score(args: Sequence[str]) -> int:
     parser = _parser("score", "Score the captions of any system, or compare two systems, as COCO's evaluation does.")
     parser.add_argument(
-        "references", type=Path, metavar="REFERENCES", help="a dataset's folder, or a caption file of COCO or Flickr8k"
+        "references",
+        type=Path,
+        metavar="REFERENCES",
+        help="a dataset's folder, or a caption file of any format that `captioner fit` reads",
     )
     parser.add_argument(
         "results",

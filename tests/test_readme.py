@@ -15,7 +15,8 @@ from captioner.training import settings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SEVERAL_GPUS = (ROOT / "docs" / "several_gpus.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README + SEVERAL_GPUS, re.DOTALL)
+DATA = (ROOT / "data" / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README + SEVERAL_GPUS + DATA, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner fit" in line]
 STUDIES = [line for block in BLOCKS for line in block.splitlines() if "captioner study" in line]
 CAPTIONS = [line for block in BLOCKS for line in block.splitlines() if "captioner caption" in line]
