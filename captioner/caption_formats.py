@@ -604,9 +604,14 @@ def read_table(path: Path, image_column: str | None, text_column: str | None, re
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
     rows: Iterator[tuple[int, dict[str, Any]]] = (read_json_lines if is_json else read_rows)(path, report)
     entries: dict[str, Entry] = {}
+    header: list[str] = []
+    image = text = None
+    further: list[str] = []
     for number, row in rows:
-        image = column_of(row, image_column, IMAGE_COLUMNS)
-        text = column_of(row, text_column, TEXT_COLUMNS)
+        if [*row] != header:  # in JSON each line may have others
+            header = [*row]
+            image, text = column_of(row, image_column, IMAGE_COLUMNS), column_of(row, text_column, TEXT_COLUMNS)
+            further = [column for column in row if text and re.fullmatch(rf"{re.escape(text)}_\d+", column)]
         if image is None or text is None:
             what = f"no image ({image_column or ', '.join(IMAGE_COLUMNS)})"
             if image is not None:
@@ -623,8 +628,7 @@ def read_table(path: Path, image_column: str | None, text_column: str | None, re
             report(fault)
             continue
         name, split = row[image], row.get("split") or None
-        texts = [row[text]] if is_json else [row[text], *_further(row, text)]
-        captions = _texts(texts)
+        captions = _texts([row[text], *(row[column] for column in further if row[column])])
         if not isinstance(name, str) or not name or not isinstance(split, str | None) or captions is None:
             report(Fault.at(path, number, f"has a {image!r} or a {text!r} that is no text: mend the line.", "line"))
             continue
@@ -642,12 +646,6 @@ def column_of(row: Iterable[str], named: str | None, known: Sequence[str]) -> st
     """Return the column that is named, or else the first one known, in whatever case it is written."""
     columns = {column.lower(): column for column in row}
     return next((columns[name.lower()] for name in ([named] if named else known) if name.lower() in columns), None)
-
-
-def _further(row: dict[str, str], text: str) -> list[str]:
-    """Return the captions in columns caption_2, caption_3 and so on, as far as there are any."""
-    found = (re.fullmatch(rf"{re.escape(text)}_\d+", column) for column in row)
-    return [value for column in found if column and (value := row[column[0]])]
 
 
 def _texts(values: Sequence[object]) -> list[str] | None:

@@ -341,7 +341,7 @@ def _score(args: Sequence[str]) -> int:
         "references",
         type=Path,
         metavar="REFERENCES",
-        help="a dataset's folder, or a caption file of any format that `captioner fit` reads",
+        help="a dataset's folder or caption file",
     )
     parser.add_argument(
         "results",
