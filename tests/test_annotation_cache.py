@@ -352,10 +352,10 @@ def test_a_run_that_goes_on_needs_room_for_the_rest_only(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_is_said_and_what_was_done_stays(tmp_path, monkeypatch):
     write = CacheFolder.write
 
-    def full(folder, index, values):
+    def full(folder, index, values, counts):
         if index.done >= 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(folder, index, values)
+        return write(folder, index, values, counts)
 
     monkeypatch.setattr(CacheFolder, "write", full)
     with pytest.raises(InputError, match="No space left on device.* after 2 of 5 images: make room,") as error:
