@@ -173,5 +173,5 @@ def test_faithfulness_reports_and_writes(flickr, best, tmp_path, capsys):
 
 
 def test_faithfulness_names_the_splits(flickr, best, capsys):
-    assert main(["faithfulness", "--checkpoint", str(best), "--root", str(flickr), "--split", "val"]) == 2
+    assert main(["faithfulness", "--checkpoint", str(best), "--root", str(flickr), "--split", "all"]) == 2
     assert "choose from train, dev, test" in one_line(capsys)
