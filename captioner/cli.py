@@ -30,6 +30,7 @@ Captions images, and shows where each word came from.
   captioner demo                  train, score, caption and overlay on drawn scenes, in minutes on a CPU
   captioner caption PATH...       caption images with a trained checkpoint
   captioner overlay IMAGE...      see what a checkpoint looks at, as a page or a figure
+  captioner app                   the same in a browser, on this machine: drop an image, or type a caption
   captioner fit                   train
   captioner validate, test        score a checkpoint on a split
   captioner cache                 build, list and clear the cached annotations of frozen encoders
@@ -83,6 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "test": _train,
         "caption": _caption,
         "overlay": _overlay,
+        "app": _app,
         "demo": _demo,
         "faithfulness": _faithfulness,
         "score": _score,
@@ -246,6 +248,15 @@ def _overlay(args: Sequence[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(parser.format_help() if "all" in args else OVERLAY_HELP, end="")
         return 0
+    options = understand(parser, args[1:])
+    return run(options, lambda: _open_together(options))
+
+
+def _app(args: Sequence[str]) -> int:
+    from captioner.app_command import add_options, run, understand
+
+    parser = _parser("app", "Caption images in a browser on this machine, and see what the model looks at.")
+    add_options(parser)
     options = understand(parser, args[1:])
     return run(options, lambda: _open_together(options))
 

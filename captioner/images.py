@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import glob
+import io
 import math
 import os
 import random
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,29 +89,61 @@ def open_image(path: str | Path) -> Iterator[Picture]:
         As for `read_image`. Only the file's header is read yet.
     """
     name = in_one_line(path)
-    try:
+    with _named_faults(name):
         status = os.stat(path)
         # Opening a pipe waits until somebody writes to it.
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise InputError(f"{name} cannot be opened (a pipe, socket or device): give the path of an image file.")
         if stat.S_ISREG(status.st_mode) and status.st_size == 0:
-            raise InputError(f"{name} is empty: replace the file or leave it out.")
+            raise _empty(name)
         with open(path, "rb") as file:
-            # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that
-            # far. What is done with warnings is done in all threads: one after the other they open, together decode.
-            with _OPENING, warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-                image = Image.open(file, formats=list(SUFFIXES))
-            picture = Picture(image)
-            if max(image.size) > LONGEST:
-                raise InputError(
-                    f"{name} has a side of {max(image.size)} pixels, more than {LONGEST}: cut it and try again."
-                )
-            if picture.memory > MEMORY:
-                raise InputError(
-                    f"{name} takes {picture.memory // 10**6} MB of memory to decode, more than {MEMORY // 10**6}: "
-                    f"make it smaller and try again."
-                )
-            yield picture
+            yield _open_picture(file, name)
+
+
+def read_image_data(data: bytes, name: str) -> Image.Image:
+    """Do for the bytes of an image file, which has no path here, what `read_image` does.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    name
+        What errors call it.
+
+    Raises
+    ------
+    InputError
+        As `read_image`.
+    """
+    name = in_one_line(name)
+    with _named_faults(name):
+        if not data:
+            raise _empty(name)
+        picture = _open_picture(io.BytesIO(data), name)
+        picture.load()
+        return picture.rgb()
+
+
+def _open_picture(file: IO[bytes], name: str) -> Picture:
+    # Pillow only warns up to twice its limit of pixels; a picture made to fill the memory should not get that far.
+    # What is done with warnings is done in all threads: one after the other they open, together decode.
+    with _OPENING, warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        picture = Picture(image := Image.open(file, formats=list(SUFFIXES)))
+    if max(image.size) > LONGEST:
+        raise InputError(f"{name} has a side of {max(image.size)} pixels, more than {LONGEST}: cut it and try again.")
+    if picture.memory > MEMORY:
+        raise InputError(
+            f"{name} takes {picture.memory // 10**6} MB of memory to decode, more than {MEMORY // 10**6}: make it "
+            "smaller and try again."
+        )
+    return picture
+
+
+@contextmanager
+def _named_faults(name: str) -> Iterator[None]:
+    """Raise whatever an image trips over as an `InputError` that names it."""
+    try:
+        yield
     except InputError:
         raise
     except UnidentifiedImageError:
@@ -125,6 +158,10 @@ def open_image(path: str | Path) -> Iterator[Picture]:
         if isinstance(error, MemoryError) or "out of memory" in reason:
             raise InputError(f"{name} takes more memory to decode than there is: make it smaller.") from None
         raise InputError(f"{name} is damaged ({reason}): replace the file or leave it out.") from error
+
+
+def _empty(name: str) -> InputError:
+    return InputError(f"{name} is empty: replace the file or leave it out.")
 
 
 class Picture:

@@ -202,8 +202,8 @@ function leave(article) {
   ask(article, pinned(article));
 }
 
-function listenTo(article) {
-  for (const word of wordsOf(article)) {
+function listenToWords(article, words) {
+  for (const word of words) {
     word.addEventListener("pointerenter", () => ask(article, word));
     word.addEventListener("pointerleave", () => show(article, pinned(article)));
     word.addEventListener("focus", () => ask(article, word));
@@ -221,6 +221,10 @@ function listenTo(article) {
       }
     });
   }
+}
+
+function listenTo(article) {
+  listenToWords(article, wordsOf(article));
   const stage = article.querySelector(".stage");
   const [width, height] = geometry(article).size;
   stage.style.maxWidth = `calc(60vh * ${width / height})`; // so that its words are on the screen, too
@@ -253,15 +257,14 @@ function listenTo(article) {
   });
 }
 
-const articles = [...document.querySelectorAll("article")];
-articles.forEach(listenTo);
+document.querySelectorAll("article").forEach(listenTo);
 
 for (const input of document.querySelectorAll(".controls input")) {
   input.addEventListener("change", () => {
     maps = { of: null, found: [] };
     document.querySelector("#most").textContent =
       chosen("scale") === "shared" ? "the maximum of all words of an image" : "each word's own maximum";
-    for (const article of articles) if (article.classList.contains("lit")) show(article, pinned(article));
+    for (const article of document.querySelectorAll("article.lit")) show(article, pinned(article));
   });
 }
 

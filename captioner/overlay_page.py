@@ -28,6 +28,7 @@ BYTES = 120_000  # of it, at most: a hundred with all their weights stay below 2
 FINE = 480  # pixels that a map has at least: a tiny photograph is enlarged, and its map drawn in detail
 STEPS = 65_535  # from 0 to a word's largest weight
 
+TITLE = "What the model looked at"
 HINT = "Point at a word to see where the model looked while saying it, or at an image to see which words looked there."
 HELP = (
     "A click, a tap or Enter keeps a word, Escape lets go; arrow keys go from word to word, or over an image with "
@@ -59,7 +60,7 @@ def write_page(
     images: Iterable[PageImage],
     preprocessing: Preprocessing,
     *,
-    title: str = "What the model looked at",
+    title: str = TITLE,
     view: View = "smooth",
     shared_scale: bool = False,
 ) -> None:
@@ -86,22 +87,50 @@ def write_page(
     InputError
         If a caption carries no attention or its regions are not a grid, or the file cannot be written.
     """
-    write_parts(path, _page(images, preprocessing, title, view, shared_scale))
+    write_parts(path, page_parts(images, preprocessing, title=title, view=view, shared_scale=shared_scale))
 
 
-def _page(
-    images: Iterable[PageImage], preprocessing: Preprocessing, title: str, view: View, shared_scale: bool
+def page_parts(
+    images: Iterable[PageImage], preprocessing: Preprocessing, *, title: str, view: View, shared_scale: bool
 ) -> Iterator[str]:
-    script = _resource("overlay_page.js")
+    """Give what `write_page` writes, part by part."""
+    script = resource("overlay_page.js")
+    yield f"""{head(title, resource("overlay_page.css"), script)}
+<body>
+<h1>{_escape(title)}</h1>
+{controls(view, shared_scale)}
+<details class="help"><summary>{HINT}</summary><p>{HELP}</p></details>
+<main data-colours="{colours()}">
+"""
+    for image in images:
+        yield article(image, preprocessing)
+    yield f"""</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def head(title: str, style: str, script: str, connects: str = "'none'") -> str:
+    """Return a page's beginning.
+
+    Whatever a caption or a file's name says, nothing runs and nothing is styled but by the page's own script and style,
+    nothing is fetched.
+
+    Parameters
+    ----------
+    title, style, script
+        Of the page. In the style stands `/*COLOURS*/` for the steps of the colour scale.
+    connects
+        Whom the script may ask, as a content security policy calls it.
+    """
     gradient = ", ".join("#" + bytes(colour).hex() for colour in COLOURS[::15])
-    style = _resource("overlay_page.css").replace("/*COLOURS*/", gradient)
-    # Whatever a caption or a file's name says, nothing runs and nothing is styled but these two, nothing is fetched.
+    style = style.replace("/*COLOURS*/", gradient)
     policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
-        "form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        f"connect-src {connects}; base-uri 'none'; form-action 'none'"
     )
-    most = "the maximum of all words of an image" if shared_scale else "each word's own maximum"
-    yield f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -110,10 +139,18 @@ def _page(
 <link rel="icon" href="data:,">
 <title>{_escape(title)}</title>
 <style>{style}</style>
-</head>
-<body>
-<h1>{_escape(title)}</h1>
-<div class="controls">
+</head>"""
+
+
+def colours() -> str:
+    """Return the colours of maps as the script takes them: red, green and blue of 256 steps, in base64."""
+    return _base64(COLOURS.tobytes())
+
+
+def controls(view: View = "smooth", shared_scale: bool = False) -> str:
+    """Return what switches between views, scales and colours."""
+    most = "the maximum of all words of an image" if shared_scale else "each word's own maximum"
+    return f"""<div class="controls">
 <fieldset><legend>View</legend>
 {_radio("view", "smooth", "smooth", view == "smooth")}
 {_radio("view", "raw", "blocks", view == "raw")}
@@ -126,20 +163,11 @@ def _page(
 <span id="most">{most}</span></div>
 <button type="button" id="theme">Dark or light</button>
 </div>
-<details class="help"><summary>{HINT}</summary><p>{HELP}</p></details>
-<noscript><p>The maps need JavaScript, which this page brings, to be allowed in the browser.</p></noscript>
-<main data-colours="{_base64(COLOURS.tobytes())}">
-"""
-    for image in images:
-        yield _article(image, preprocessing)
-    yield f"""</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+<noscript><p>The maps need JavaScript, which this page brings, to be allowed in the browser.</p></noscript>"""
 
 
-def _article(image: PageImage, preprocessing: Preprocessing) -> str:
+def article(image: PageImage, preprocessing: Preprocessing) -> str:
+    """Return what stands on a page for an image, whose captions' words its script makes light up."""
     photograph, (width, height) = _jpeg(image.image)
     left, top, right, bottom = preprocessing.visible_box(*image.image.size)
     box = (left / image.image.width, top / image.image.height, right / image.image.width, bottom / image.image.height)
@@ -198,7 +226,8 @@ def _radio(name: str, value: str, label: str, checked: bool) -> str:
     return f'<label><input type="radio" name="{name}" value="{value}"{" checked" * checked}> {label}</label>'
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return the text of a file that the package brings."""
     return files("captioner").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -44,9 +44,9 @@ LEVELS = {
     2: ["model", "objectives", "datamodule", "evaluation", "caption_files", "attention_health"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
     4: ["task", "fast_captioner", "overlay_page"],
-    5: ["model_card", "caption_command"],
-    6: ["training", "study_table", "overlay_command"],
-    7: ["demo", "study_runs"],
+    5: ["model_card", "caption_command", "app_page"],
+    6: ["training", "study_table", "overlay_command", "app"],
+    7: ["demo", "study_runs", "app_command"],
     8: ["cli"],
     9: ["__init__"],
 }
@@ -123,6 +123,7 @@ def python(code):
         ".caption_command",
         ".fonts",
         ".overlay_command",
+        ".app_command",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module):

@@ -16,7 +16,7 @@ from test_overlay import CROP, SQUASH, caption_of
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 from captioner.overlay import _spread, attention_map, region_weights, relative_entropy
-from captioner.overlay_page import BYTES, SIDE, PageImage, _article, _jpeg, write_page
+from captioner.overlay_page import BYTES, SIDE, PageImage, _jpeg, article, write_page
 
 HOSTILE = "\"><script>alert('a')</script><img src=http://example.org/x.png onerror=alert(1)>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -102,9 +102,9 @@ def test_an_image_may_have_several_captions(page):
 def test_the_page_has_the_numbers_of_the_maps(page, preprocessing, grid, view):
     caption = caption_of("a dog", grid)
     elements = page(PageImage("one.jpg", photograph(240, 200), [caption]), preprocessing=preprocessing)
-    (article,) = (attributes for attributes, _ in elements.of("article"))
-    shape = tuple(map(int, article["data-grid"].split()))
-    left, top, right, bottom = map(float, article["data-box"].split())
+    (given,) = (attributes for attributes, _ in elements.of("article"))
+    shape = tuple(map(int, given["data-grid"].split()))
+    left, top, right, bottom = map(float, given["data-box"].split())
     assert shape == grid
     for index, (attributes, _) in enumerate(elements.of("button", "word")):
         weights = np.frombuffer(base64.b64decode(attributes["data-weights"]), dtype="<u2").reshape(grid) / 65535
@@ -132,8 +132,9 @@ def test_nothing_runs_but_its_own_script_and_nothing_is_fetched(page):
     elements = page(PageImage(HOSTILE, photograph(30, 20), [caption_of("a dog")]))
     (policy,) = (given["content"] for given, _ in elements.of("meta") if given.get("http-equiv"))
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules.keys() == {"default-src", "img-src", "style-src", "script-src", "base-uri", "form-action"}
-    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'" and rules["img-src"] == "data:"
+    kinds = ("default-src", "img-src", "style-src", "script-src", "connect-src", "base-uri", "form-action")
+    assert tuple(rules) == kinds and rules["img-src"] == "data:"
+    assert all(rules[kind] == "'none'" for kind in ("default-src", "connect-src", "base-uri", "form-action"))
     for tag in ("style", "script"):
         ((attributes, text),) = elements.of(tag)
         own = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -148,7 +149,7 @@ def test_a_hundred_images_stay_below_20_mb():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (640, 640, 3), dtype=np.uint8))
     data, size = _jpeg(noise)  # no photograph is larger
     assert len(data) <= BYTES and size == (SIDE, SIDE)
-    worst = _article(PageImage("x" * 200, noise, [caption_of(" ".join(["word"] * 20), (14, 14))]), CROP)
+    worst = article(PageImage("x" * 200, noise, [caption_of(" ".join(["word"] * 20), (14, 14))]), CROP)
     assert 100 * len(worst.encode()) < 19.9e6
 
 
