@@ -232,7 +232,7 @@ def _look(model: Captioner | Ensemble, wish: Wish, image: Image.Image) -> Respon
                 {
                     "text": caption.text,
                     "probability": probability(caption.log_probability),
-                    "logarithm": f"{caption.log_probability:.2f}",
+                    "logarithm": f"{caption.log_probability:.2f}".replace("-", "−"),
                 }
                 for caption in found
             ],

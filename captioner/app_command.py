@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import os
 import socket
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from captioner.caption_command import add_model, parse, saying_of_fonts
@@ -40,7 +41,7 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
     if not 0 <= options.port < 2**16:
         raise InputError(f"--port is {options.port}: give 0 to {2**16 - 1}.")
     for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
+        if find_spec(package) is None:
             raise InputError(f"The app needs {package}, which is not installed: pip install 'captioner[app]'.")
     return options
 
@@ -87,6 +88,7 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise InputError(
-            f"Port {port} cannot be used ({error.strerror}): give another one as --port, or --port 0 for any free one."
+            f"Port {port} cannot be used ({reason}): give another one as --port, or --port 0 for any free one."
         ) from error

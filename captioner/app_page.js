@@ -33,7 +33,9 @@ async function work(state, deed) {
   try {
     await deed(own.signal);
   } catch (error) {
-    if (error.name !== "AbortError") part("fault").textContent = error.message;
+    if (underway !== own || error.name === "AbortError") return;
+    part("fault").textContent = error.message;
+    part("fault").scrollIntoView({ block: "nearest" });
   } finally {
     if (underway === own) {
       underway = null;
@@ -63,7 +65,7 @@ async function captionIt(wanted, signal) {
 
 function showAll(article, found, wish) {
   document.querySelector("main").replaceChildren(article);
-  for (const id of ["seen", "found", "own", "take"]) part(id).hidden = false;
+  part("shown").hidden = false;
   document.body.classList.add("has-image");
   listenTo(article);
   const rows = [...article.querySelectorAll(".caption")];
@@ -79,7 +81,7 @@ function add({ text, probability, logarithm }, row, wish) {
   const label = document.createElement("label");
   const input = Object.assign(document.createElement("input"), { type: "radio", name: "caption" });
   const said = Object.assign(document.createElement("span"), { textContent: text || "(no word)", dir: "auto" });
-  const numbers = Object.assign(document.createElement("small"), { textContent: `${probability} · log ${logarithm}` });
+  const numbers = Object.assign(document.createElement("small"), { textContent: `${probability} · log-probability ${logarithm}` });
   label.append(input, said, numbers);
   label.classList.toggle("own", "caption" in wish);
   part("captions").append(label);
@@ -92,6 +94,7 @@ function choose(index) {
   pin(article, null);
   article.querySelector(".caption").replaceWith(captions[index].row);
   part("captions").querySelectorAll("input")[index].checked = true;
+  article.querySelector(".stage").scrollIntoView({ block: "nearest" });
 }
 
 async function take(file) {
@@ -119,6 +122,7 @@ part("file").addEventListener("change", (event) => {
 document.addEventListener("paste", (event) => open([...event.clipboardData.files]));
 for (const kind of ["dragover", "drop", "dragleave"]) {
   document.addEventListener(kind, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault(); // or the browser leaves the page for the file
     part("drop").classList.toggle("over", kind === "dragover");
     if (kind === "drop") open([...event.dataTransfer.files]);

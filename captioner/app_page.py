@@ -28,23 +28,25 @@ def app_page(formats: str, largest: int, longest: int, most_hypotheses: int) -> 
 <label class="drop" id="drop">
 <input type="file" id="file" accept="{formats}">
 <span><b>Drop an image here</b>, paste it, or <u>choose one</u></span>
-<small>It stays on the machine that runs this program, and is not kept.</small>
+<small>The model writes a caption, and shows where it looked for each word. The image stays on the machine that runs
+this program, and is not kept.</small>
 </label>
 <p class="state" id="state" role="status"></p>
 <p class="fault" id="fault" role="alert"></p>
-<div class="columns">
-<div class="seen" id="seen" hidden>
-{controls()}
+<div class="columns" id="shown" hidden>
+<div class="seen">
 <main data-colours="{colours()}"></main>
+{controls()}
 <details class="help"><summary>{HINT}</summary><p>{HELP}</p></details>
 </div>
 <div class="panel">
-<section id="found" hidden>
+<section>
 <h2>Captions</h2>
 <div id="captions" role="radiogroup" aria-label="Captions, with their probabilities"></div>
-<p class="note" id="note"></p>
+<p class="note" id="note" role="status"></p>
+<p class="note">Percent: how probable the model finds the whole caption. The best stands first, and length counts.</p>
 </section>
-<section id="own" hidden>
+<section>
 <h2><label for="said">A caption of your own</label></h2>
 <form id="say">
 <input type="text" id="said" maxlength="{longest}" placeholder="a dog on a sofa" autocomplete="off" dir="auto" required>
@@ -69,9 +71,9 @@ def app_page(formats: str, largest: int, longest: int, most_hypotheses: int) -> 
 </div>
 </form>
 </section>
-<section id="take" hidden>
+<section>
 <h2>Take it with you</h2>
-<p class="note">The caption that is chosen, and where the model looked.</p>
+<p class="note">The chosen caption, and where the model looked.</p>
 <div class="takes">
 <button type="button" data-form="figure" data-suffix="png">Figure (PNG)</button>
 <button type="button" data-form="page" data-suffix="html">Page (HTML)</button>

@@ -1,6 +1,7 @@
-"""A data set of drawn scenes, a recipe for it, and one run: what the tests of training and its command line share."""
+"""What tests share: a data set of drawn scenes, a recipe for it, and one run; a browser for the tests of pages."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from captioner.scenes import write_scenes  # noqa: E402
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RECIPE = """\
 trainer:
   accelerator: cpu
@@ -90,3 +92,14 @@ def best(run) -> Path:
 @pytest.fixture(scope="session")
 def last(run) -> Path:
     return Path(run.trainer.checkpoint_callback.last_model_path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import io
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -19,7 +18,6 @@ from captioner.overlay import _spread, attention_map, region_weights, relative_e
 from captioner.overlay_page import BYTES, SIDE, PageImage, _jpeg, article, write_page
 
 HOSTILE = "\"><script>alert('a')</script><img src=http://example.org/x.png onerror=alert(1)>"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def photograph(width, height, seed=0):
@@ -175,17 +173,6 @@ IMAGES = [
     PageImage("one.jpg", photograph(300, 250), [caption_of("a dog on grass")]),
     PageImage(HOSTILE, photograph(40, 60, 1), [caption_of(f"two cats {html.escape('<i>')}", (3, 5), gates=False)]),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from captioner import caption_command, overlay_command, study_runs
+from captioner import app_command, caption_command, overlay_command, study_runs
 from captioner.cli import main
 from captioner.training import settings
 
@@ -21,6 +21,7 @@ COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").spli
 STUDIES = [line for block in BLOCKS for line in block.splitlines() if "captioner study" in line]
 CAPTIONS = [line for block in BLOCKS for line in block.splitlines() if "captioner caption" in line]
 OVERLAYS = [line for block in BLOCKS for line in block.splitlines() if "captioner overlay" in line]
+APPS = [line for block in BLOCKS for line in block.splitlines() if "captioner app" in line]
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [path for path in FILES if path.name != "study.yaml"]  # which is laid over one, see test_study.py
@@ -89,13 +90,13 @@ def test_each_study_command_is_understood(command, monkeypatch, tmp_path):
     assert settings(given[0])["data"]["files"]["init_args"]["root"] == "data/flickr8k"
 
 
-@pytest.mark.parametrize("command", CAPTIONS + OVERLAYS)
+@pytest.mark.parametrize("command", CAPTIONS + OVERLAYS + APPS)
 def test_each_caption_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.jpg").touch()
     (tmp_path / "holiday").mkdir()
     parsed = []
-    for each in (caption_command, overlay_command):
+    for each in (caption_command, overlay_command, app_command):
         monkeypatch.setattr(each, "run", lambda options, open_model: parsed.append(options) or 0)
     assert main(shlex.split(command)[1:]) == 0 and parsed[0].checkpoint[0].name == "best.ckpt"
 
@@ -107,4 +108,4 @@ def test_each_flag_is_understood(flags, capsys, monkeypatch):
 
 
 def test_there_are_commands_and_flags_to_test():
-    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5 and STUDIES and len(CAPTIONS) >= 4 and OVERLAYS
+    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5 and STUDIES and len(CAPTIONS) >= 4 and OVERLAYS and APPS
