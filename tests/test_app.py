@@ -431,6 +431,7 @@ def visit(browser, port):
 
     def open_page(device=DESKTOP):
         contexts.append(browser.new_context(**device))
+        contexts[-1].set_default_timeout(60_000)  # a busy machine is slow
         tab = contexts[-1].new_page()
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("websocket", lambda socket: asked.append(socket.url))
@@ -449,7 +450,8 @@ def visit(browser, port):
 
 
 def is_fault(message):
-    return message.type == "error" and "status of 4" not in message.text  # an answer that refuses is told there, too
+    # What is refused, or cannot be had without a network, is told there, too.
+    return message.type == "error" and not message.text.startswith("Failed to load resource")
 
 
 def upload(tab, image, name="one.png"):
@@ -572,7 +574,7 @@ def test_a_bad_upload_is_a_sentence_on_the_page_and_what_was_there_stays(visit, 
     assert tab.get_by_role("alert").text_content().startswith(f"{HOSTILE} is not an image that can be read")
     assert tab.locator("#shown").is_hidden()
     upload(tab, IMAGES[0])
-    assert tab.get_by_role("alert").text_content() == "" and tab.locator("article").is_visible()
+    assert tab.locator("#fault").text_content() == "" and tab.locator("article").is_visible()
     (tmp_path / "large.png").write_bytes(encoded(IMAGES[1]) + bytes(app.LARGEST))
     tab.locator("#file").set_input_files(tmp_path / "large.png")
     tab.get_by_text("large.png has 20 MB, more than 20: make it smaller and try again.").wait_for()
