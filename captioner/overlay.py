@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -29,10 +30,12 @@ View: TypeAlias = Literal["smooth", "raw"]
 PANEL = 250  # the longer side of each panel
 NARROWEST = 200  # of the place for a panel: its word needs room, however narrow the image
 MAX_COLUMNS = 6
+FEWEST_COLUMNS = 3  # that text below the panels is as wide as
 MARGIN = 24  # around everything
 GAP = 14  # between panels
 LABEL = 54  # below a panel: the word and its numbers
 TITLE = 32  # a line of the title
+LINE = 22  # a line of text below the panels
 NOTE = 18  # a line of the note
 SCALE = 150  # the colour scale beside the note
 STRIPE = 5  # of what was not seen
@@ -117,12 +120,13 @@ def draw_overlay(
     *,
     view: View = "smooth",
     shared_scale: bool = False,
+    beneath: Sequence[str] = (),
 ) -> Image.Image:
     """Draw an image, and for each word of its caption what the model looked at.
 
     Parameters
     ----------
-    image, caption, preprocessing, view, shared_scale
+    image, caption, preprocessing, view, shared_scale, beneath
         As for `make_figure`.
 
     Returns
@@ -140,7 +144,8 @@ def draw_overlay(
     FontWarning
         As `make_figure`.
     """
-    figure = make_figure(image, caption, preprocessing, view=view, shared_scale=shared_scale, detail=1)
+    settings: Any = {"view": view, "shared_scale": shared_scale, "beneath": beneath}
+    figure = make_figure(image, caption, preprocessing, **settings, detail=1)
     canvas: Any = FigureCanvasAgg(figure)  # without types in matplotlib; needs neither pyplot nor a display
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # the FontWarning says it once
         canvas.draw()
@@ -184,6 +189,7 @@ def make_figure(
     *,
     view: View = "smooth",
     shared_scale: bool = False,
+    beneath: Sequence[str] = (),
     detail: int = 2,
 ) -> Figure:
     """Make matplotlib's figure of an image and, for each word of its caption, of what the model looked at.
@@ -204,6 +210,8 @@ def make_figure(
         "smooth" or "raw", see `attention_map`.
     shared_scale
         Colour all maps by one scale, so that words can be compared, and not each up to its own maximum.
+    beneath
+        What is written below the panels, each on a line of its own, such as other captions of the image.
     detail
         Pixels of the panels for each of the 250 that they have in `draw_overlay`.
 
@@ -221,7 +229,7 @@ def make_figure(
     Warns
     -----
     FontWarning
-        If no installed font has some of the caption's letters.
+        If no installed font has some of the letters.
     """
     weights, entropies = region_weights(caption), relative_entropy(caption)
     scale = PANEL / max(image.size)
@@ -260,15 +268,18 @@ def make_figure(
     rows = -(-len(panels) // MAX_COLUMNS)
     columns = -(-len(panels) // rows)
     cell = max(width, NARROWEST)
-    total_width = 2 * MARGIN + columns * (cell + GAP) - GAP
+    # Lines of text need room, however few the panels.
+    total_width = 2 * MARGIN + max(columns, FEWEST_COLUMNS if beneath else 1) * (cell + GAP) - GAP
     titles = _wrap(caption.text, (total_width - 2 * MARGIN) // 14)
+    lines = [line for text in beneath for line in _wrap(text, (total_width - 2 * MARGIN) // 9)]
     notes = _wrap(note, (total_width - 2 * MARGIN - SCALE) // 7)
     top = MARGIN + TITLE * len(titles)
-    bottom = top + rows * (height + LABEL) + GAP // 2
-    total_height = bottom + NOTE * max(len(notes), 2) + MARGIN
+    below = top + rows * (height + LABEL)
+    bottom = below + LINE * len(lines) + GAP // 2
+    total_height = bottom + (NOTE * max(len(notes), 2) if maps else 0) + MARGIN
 
     figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI * detail, facecolor="white")
-    families, hint = find_fonts(caption.text + "".join(caption.words))
+    families, hint = find_fonts("".join([caption.text, *caption.words, *beneath]))
     if hint is not None:
         warnings.warn(hint, FontWarning, stacklevel=2)
 
@@ -298,9 +309,13 @@ def make_figure(
             gate = "" if caption.gates is None else f"β {caption.gates[index - 1]:.2f}   "
             numbers = f"{gate}entropy {entropies[index - 1]:.2f}   max {weights[index - 1].max():.2f}"
             write(numbers, x, y + height + 26, 8.5, FAINT_INK)
+    for index, line in enumerate(lines):
+        write(line, MARGIN, below + index * LINE, 11)
+    if not maps:
+        return figure
     bar = SCALE - GAP
     show(COLOURS[None], MARGIN, bottom + 3, bar, 10)
-    most = f"{tops[0]:.1f} × even share" if shared_scale and tops else "its maximum"
+    most = f"{tops[0]:.1f} × even share" if shared_scale else "its maximum"
     write("0", MARGIN, bottom + NOTE, 8.5, FAINT_INK)
     write(most, MARGIN + bar, bottom + NOTE, 8.5, FAINT_INK, horizontalalignment="right")
     for index, line in enumerate(notes):

@@ -30,6 +30,7 @@ from captioner.errors import InputError
 from captioner.model_card import write_card
 from captioner.report import remarks, show
 from captioner.task import CaptioningTask
+from captioner.validation_pictures import ValidationPictures
 
 MONITOR = "val/CIDEr-D"
 EARLIEST = 3  # the first epoch whose attention is warned of
@@ -114,9 +115,10 @@ class TrainingCLI(LightningCLI):
     """LightningCLI with the best checkpoint and early stopping by CIDEr-D, and nothing but weights out of a file."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make checkpointing and early stopping settable by flags of their own."""
+        """Make checkpointing, early stopping and pictures settable by flags of their own."""
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(ValidationPictures, "pictures")
         parser.set_defaults(
             {
                 "checkpoint.monitor": MONITOR,

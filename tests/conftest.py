@@ -48,6 +48,8 @@ model:
   embedding_dim: 32
   learning_rate: 2.0e-2
   beam_size: 3
+pictures:
+  images: 0
 """
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_annotation_cache import FOREIGN
 
 import captioner
@@ -155,10 +156,15 @@ def test_two_halves_of_a_batch_train_as_the_whole(uneven, recipe, fit, tmp_path,
 def test_two_processes_go_on_with_a_cache_that_one_of_them_filled(recipe, tmp_path):
     # A blind decoder leaves the embedding unread, and DDP waits for the gradients of all that learns.
     flags = [*FOREIGN, "--data.cache", str(tmp_path / "cache"), "--model.decoder.feed_previous", "false"]
+    flags += ["--pictures.images", "4"]
     first, second, _ = in_two("fit", recipe, tmp_path, *flags)
     blank = 1  # on which the annotations' size is measured
     assert first["annotated"] + second["annotated"] == 2 * blank + 22 + 9  # by the one that had the lock first
     assert first["steps"] == 2 and first["images"] == 9
+    (log,) = tmp_path.glob("runs/*/events.out*")  # of the first process, which alone draws, from all captions
+    accumulator = EventAccumulator(str(log))
+    accumulator.Reload()
+    assert [len(accumulator.Images(tag)) for tag in accumulator.Tags()["images"]] == [1] * 4
     last = next(tmp_path.glob("runs/*/checkpoints/last.ckpt"))
     first, second, _ = in_two("fit", recipe, tmp_path, *flags, "--ckpt_path", str(last), "--trainer.max_epochs", "2")
     assert first["annotated"] == second["annotated"] == blank

@@ -44,7 +44,7 @@ LEVELS = {
     2: ["model", "objectives", "datamodule", "evaluation", "caption_files", "attention_health"],
     3: ["self_critical", "ensemble", "overlay", "faithfulness", "report", "study_results"],
     4: ["task", "fast_captioner", "overlay_page"],
-    5: ["model_card", "caption_command", "app_page"],
+    5: ["model_card", "caption_command", "app_page", "validation_pictures"],
     6: ["training", "study_table", "overlay_command", "app"],
     7: ["demo", "study_runs", "app_command"],
     8: ["cli"],

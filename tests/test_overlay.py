@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from captioner import fonts
@@ -19,6 +20,8 @@ from captioner.fonts import FontWarning
 from captioner.images import ORIENTATION, TURNS, Preprocessing, read_image
 from captioner.model import Caption
 from captioner.overlay import (
+    DPI,
+    LINE,
     PANEL,
     _spread,
     attention_map,
@@ -305,6 +308,25 @@ def test_any_word_can_be_drawn(text):
     with warnings.catch_warnings(action="ignore"):  # of a letter that no installed font has
         picture = draw_overlay(Image.new("RGB", (96, 96)), caption_of(text, gates=False), SQUASH)
     assert picture.width > PANEL
+
+
+def test_text_beneath_the_panels_has_its_lines():
+    image, caption = Image.new("RGB", (96, 96)), caption_of("one two three")
+    plain = make_figure(image, caption, SQUASH)
+    figure = make_figure(image, caption, SQUASH, beneath=["another caption", "word " * 60])
+    written = [text.get_text() for text in figure.texts]
+    wrapped = [line for line in written if line.startswith("word")]
+    assert "another caption" in written and " ".join(wrapped).split() == ["word"] * 60 and len(wrapped) > 1
+    taller = (figure.get_figheight() - plain.get_figheight()) * DPI
+    assert taller == pytest.approx((1 + len(wrapped)) * LINE)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
+
+
+def test_of_a_caption_without_words_there_is_the_image_and_no_colour_scale():
+    figure = make_figure(Image.new("RGB", (96, 96)), caption_of(""), SQUASH, beneath=["a caption"])
+    assert [text.get_text() for text in figure.texts] == ["a caption"] and len(figure.artists) == 1
 
 
 @pytest.mark.slow
