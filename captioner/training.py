@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -196,7 +197,7 @@ class TrainingCLI(LightningCLI):
 
 
 class ScoreLines(Callback):
-    """One line per validation, which a log file keeps and a progress bar does not."""
+    """Where a run can be watched, and one line per validation, which a log file keeps and a progress bar does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,6 +205,14 @@ class ScoreLines(Callback):
         self.started = time.monotonic()
         self.watched = "loss"
         self.values: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how to see the curves and pictures, of which TensorBoard by itself shows ten epochs only."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                folder = shlex.quote(str(logger.root_dir).rstrip("/"))
+                line = f"To watch {logger.log_dir}: tensorboard --logdir {folder} --samples_per_plugin images=100"
+                Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Keep the loss, or the reward, of a batch for the mean."""

@@ -316,7 +316,7 @@ def test_a_run_goes_on_from_cross_entropy_and_tells_its_reward(rewarded, best, r
     flags = ["--config", str(recipe), "--trainer.default_root_dir", str(tmp_path), "--model.initial_weights", str(best)]
     assert main(["fit", *flags, *SELF_CRITICAL]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("epoch 1  0:") and "  reward 0." in captured.out and captured.err == ""
+    assert "\nepoch 1  0:" in captured.out and "  reward 0." in captured.out and captured.err == ""
 
 
 def test_it_says_where_to_start_from(recipe, tmp_path, capsys):

@@ -64,7 +64,9 @@ def test_what_a_user_reads(recipe, tmp_path, capsys):
     assert main(["fit", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    first, *_, end = captured.out.splitlines()
+    watch, first, *_, end = captured.out.splitlines()
+    (folder,) = tmp_path.iterdir()
+    assert watch == f"To watch {folder}: tensorboard --logdir {tmp_path} --samples_per_plugin images=100"
     assert first.startswith("epoch 1  0:") and "loss" in first and "CIDEr-D" in first
     best = Path(end.removeprefix("Checkpoint: "))
     assert best.is_file() and f"{100 * read(best).scores['CIDEr-D']:.1f}" in captured.out
