@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from captioner.errors import InputError
@@ -227,29 +228,26 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _caption(args: Sequence[str]) -> int:
-    from captioner.caption_command import HELP as CAPTION_HELP
-    from captioner.caption_command import add_options, run, understand
+    from captioner import caption_command
 
-    parser = _parser("caption", "Caption images.", add_help=False)
-    add_options(parser)
-    if {"-h", "--help"} & set(args):
-        print(parser.format_help() if "all" in args else CAPTION_HELP, end="")
-        return 0
-    options = understand(parser, args[1:])
-    return run(options, lambda: _open_together(options))
+    return _on_images(caption_command, _parser("caption", "Caption images.", add_help=False), args)
 
 
 def _overlay(args: Sequence[str]) -> int:
-    from captioner.overlay_command import HELP as OVERLAY_HELP
-    from captioner.overlay_command import add_options, run, understand
+    from captioner import overlay_command
 
-    parser = _parser("overlay", "Show what a model looks at.", add_help=False)
-    add_options(parser)
+    return _on_images(overlay_command, _parser("overlay", "Show what a model looks at.", add_help=False), args)
+
+
+def _on_images(command: ModuleType, parser: _Parser, args: Sequence[str]) -> int:
+    """Run a command whose module says what it is told and what it does, with the checkpoints of its options."""
+    command.add_options(parser)
     if {"-h", "--help"} & set(args):
-        print(parser.format_help() if "all" in args else OVERLAY_HELP, end="")
+        print(parser.format_help() if "all" in args else command.HELP, end="")
         return 0
-    options = understand(parser, args[1:])
-    return run(options, lambda: _open_together(options))
+    options = command.understand(parser, args[1:])
+    code: int = command.run(options, lambda: _open_together(options))
+    return code
 
 
 def _app(args: Sequence[str]) -> int:

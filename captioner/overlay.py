@@ -153,7 +153,7 @@ def draw_overlay(
 
 
 def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> None:
-    """Write a figure as PNG, SVG or PDF; of one figure always the same bytes.
+    """Write a figure as PNG, SVG, PDF or, where it is to be small, WebP; of one figure always the same bytes.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> No
     path
         A file, or what matplotlib writes to as to one.
     form
-        "png", "svg" or "pdf", where the path's suffix does not tell.
+        "png", "svg", "pdf" or "webp", where the path's suffix does not tell.
 
     Raises
     ------
@@ -174,6 +174,7 @@ def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> No
         "png": {"pil_kwargs": {"compress_level": 1}},  # photographs shrink little further, and take long
         "svg": {"metadata": {"Date": None}},
         "pdf": {"metadata": {"CreationDate": None}},
+        "webp": {"pil_kwargs": {"quality": 80}},
     }
     if form not in undated:
         raise InputError(f"A figure is written as {', '.join(undated)}, and not as {form!r}: choose one of these.")
@@ -219,7 +220,8 @@ def make_figure(
     -------
     matplotlib.figure.Figure
         Without a canvas: `save_figure` writes it, and so does its own `savefig`. Letters of scripts with lines from
-        right to left and with joined letters are set so, which needs matplotlib 3.11 or later.
+        right to left and with joined letters are set so, which needs matplotlib 3.11 or later. Where the caption begins
+        with such a letter, the panels run from right to left, too.
 
     Raises
     ------
@@ -298,17 +300,24 @@ def make_figure(
         label.set_usetex(False)  # whatever a user's matplotlibrc says
         label.set_parse_math(False)  # "$5 or $6" is no formula
 
+    # Where lines begin, of the title and below each panel: on the left, or on the right.
+    leftward = _runs_leftward(caption.text)
+    begin = {"horizontalalignment": "right" if leftward else "left"}
     for index, line in enumerate(titles):
-        write(line, MARGIN, MARGIN - 4 + index * TITLE, 16, weight="bold")
+        x = total_width - MARGIN if leftward else MARGIN
+        write(line, x, MARGIN - 4 + index * TITLE, 16, weight="bold", **begin)
     for index, panel in enumerate(panels):
-        x, y = MARGIN + index % columns * (cell + GAP), top + index // columns * (height + LABEL)
-        show(panel, x, y, width, height)
+        row, column = divmod(index, columns)
+        y, x = top + row * (height + LABEL), MARGIN + column * (cell + GAP)
+        if leftward:
+            x = total_width - x
+        show(panel, x - width if leftward else x, y, width, height)
         if index > 0:
             word = caption.words[index - 1]
-            write(word, x, y + height + 6, min(12, cell / (0.9 * max(_width(word), 1))), weight="bold")
+            write(word, x, y + height + 6, min(12, cell / (0.9 * max(_width(word), 1))), weight="bold", **begin)
             gate = "" if caption.gates is None else f"β {caption.gates[index - 1]:.2f}   "
             numbers = f"{gate}entropy {entropies[index - 1]:.2f}   max {weights[index - 1].max():.2f}"
-            write(numbers, x, y + height + 26, 8.5, FAINT_INK)
+            write(numbers, x, y + height + 26, 8.5, FAINT_INK, **begin)
     for index, line in enumerate(lines):
         write(line, MARGIN, below + index * LINE, 11)
     if not maps:
@@ -415,6 +424,12 @@ def _blend(
     if not seen.all():
         blended = np.where(seen[..., None] > 0, blended, unseen)
     return blended.round().astype(np.uint8)
+
+
+def _runs_leftward(text: str) -> bool:
+    """Tell whether a text runs from right to left: its first letter that has a direction does."""
+    directions = map(unicodedata.bidirectional, text)
+    return next((direction != "L" for direction in directions if direction in ("L", "R", "AL")), False)
 
 
 def _width(text: str) -> int:

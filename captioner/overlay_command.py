@@ -43,7 +43,7 @@ that are in it), a pattern such as 'trip/*.jpg', or @list.txt with a path in eac
       a figure, for a paper; where would the model look while it said this?
 
   --checkpoint FILE ...  what `captioner fit` wrote; of several, the attention of the first is shown
-  --output FILE          ending in .html, .png, .svg, or .pdf (with a page for each image)
+  --output FILE          ending in .html, .png, .webp (small), .svg, or .pdf (a page for each image)
   --say TEXT             a caption of your own, instead of the model's
   --view VIEW            smooth (default), or raw: the regions as blocks
   --shared-scale         one scale for all words, and not each its own
@@ -56,7 +56,7 @@ that are in it), a pattern such as 'trip/*.jpg', or @list.txt with a path in eac
 Images that cannot be read are named and skipped, and the exit code is then 1.
 All options: captioner overlay --help all
 """
-FORMS = (".html", ".png", ".svg", ".pdf")
+FORMS = (".html", ".png", ".webp", ".svg", ".pdf")
 BATCH = 8  # images that are captioned at a time
 
 
@@ -97,32 +97,14 @@ def understand(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
 
 
 def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemble]) -> int:
-    """Make a page or a figure.
-
-    Parameters
-    ----------
-    options
-        From `understand`.
-    open_model
-        Opens the checkpoints; called when all else has been looked at.
-
-    Returns
-    -------
-    int
-        The exit code: 1 where an image could not be read.
-
-    Raises
-    ------
-    InputError
-        Where an option, a checkpoint or a file cannot be used.
-    """
+    """Make a page or a figure, and return the exit code; see `captioner.caption_command.run`."""
     from captioner.images import find_images
 
     decoding, paths, output = decoding_of(options), find_images(options.paths), options.output
     form = output.suffix.lower().removeprefix(".")
     if any(path.exists() and output.exists() and path.samefile(output) for path in paths):
         raise InputError(f"--output {output} is one of the images, and would replace it: write elsewhere.")
-    if form in ("png", "svg") and len(paths) > 1:
+    if form not in ("html", "pdf") and len(paths) > 1:
         raise InputError(
             f"{len(paths)} images do not go into one {form.upper()}: write to a file that ends in .html or .pdf, or "
             "name one image."

@@ -124,6 +124,12 @@ function topOf(article, word) {
   return Math.max(...alike.map((each) => mapOf(article, each).top));
 }
 
+function brightestOf(article, word) {
+  const [own, top] = [mapOf(article, word).top, topOf(article, word)].map((value) => value.toFixed(1));
+  const scale = chosen("scale") === "shared" ? `; the brightest colour of the shared scale is ${top}` : "";
+  return `At its brightest: ${own} times an even share${scale}.`;
+}
+
 function paint(article, word) {
   const canvas = article.querySelector("canvas");
   const { values } = mapOf(article, word);
@@ -154,8 +160,7 @@ function show(article, word) {
   article.classList.toggle("lit", word !== null);
   if (word !== null) paint(article, word);
   if (article.querySelector(".marker").hidden) {
-    const brightest = () => `Brightest: ${topOf(article, word).toFixed(1)} times an even share.`;
-    say(article, word === null ? "" : `${word.dataset.said}. ${brightest()}`);
+    say(article, word === null ? "" : `${word.dataset.said}. ${brightestOf(article, word)}`);
   }
 }
 

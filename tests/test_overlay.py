@@ -248,7 +248,7 @@ def test_a_raw_view_draws_blocks():
     assert len(set(panel[::125, ::125].flatten())) == 4
 
 
-@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("webp", b"RIFF")])
 def test_a_figure_is_written_in_any_form_and_always_alike(form, beginning, tmp_path):
     image, caption = Image.new("RGB", (60, 40), "red"), caption_of("one two three")
     written = [io.BytesIO(), io.BytesIO()]
@@ -327,6 +327,28 @@ def test_text_beneath_the_panels_has_its_lines():
 def test_of_a_caption_without_words_there_is_the_image_and_no_colour_scale():
     figure = make_figure(Image.new("RGB", (96, 96)), caption_of(""), SQUASH, beneath=["a caption"])
     assert [text.get_text() for text in figure.texts] == ["a caption"] and len(figure.artists) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "leftward"),
+    [("كلب يركض على العشب مع كرة حمراء", True), ("a dog كلب on the grass with it", False), ("5 שלום b c d e f", True)],
+)
+def test_panels_run_as_the_caption_does(text, leftward):
+    image = Image.new("RGB", (100, 60), "black")
+    caption = caption_of(text, (1, 1))
+    figure = make_figure(image, caption, SQUASH, detail=1)
+    width = round(figure.get_figwidth() * 100)
+    begins = {label.get_text(): round(label.get_position()[0] * width) for label in figure.texts}
+    columns = (width - 48 + 14) // (PANEL + 14)
+    assert 2 <= columns < len(caption.words) + 1
+    for index, word in enumerate(caption.words, 1):
+        begin = 24 + index % columns * (PANEL + 14)
+        assert begins[word] == (width - begin if leftward else begin)
+    assert begins[text] == (width - 24 if leftward else 24)
+    picture = np.asarray(draw_overlay(image, caption, SQUASH))
+    top = 24 + 32
+    photograph, beside = (slice(width - 24 - PANEL, width - 24), slice(24, 24 + PANEL))[:: 1 if leftward else -1]
+    assert picture[top : top + 150, photograph].max() == 0 and picture[top : top + 150, beside].max() > 0
 
 
 @pytest.mark.slow

@@ -10,7 +10,11 @@ from test_model import captioner, small_cnn, some_images
 from captioner import overlay_command
 from captioner.checkpoint import KEY, pack
 from captioner.cli import _parser, main
+from captioner.ensemble import Ensemble
+from captioner.model import Captioner
 from captioner.overlay_command import HELP, add_options, understand
+
+OTHER = "GRU-Dot-before"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_a_folder_becomes_a_page(overlay, photos, tmp_path):
     assert sorted(tmp_path.iterdir()) == [page, photos]
 
 
-@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF"), ("webp", b"RIFF")])
 def test_an_image_becomes_a_figure(overlay, photos, tmp_path, form, beginning):
     figure = tmp_path / f"figure.{form}"
     assert overlay(photos / "0.png", "--output", figure, "--beam-size", "2", "--min-words", 2) == (0, "")
@@ -113,7 +117,7 @@ def test_where_no_image_can_be_read_nothing_is_written(overlay, tmp_path, form):
     ("args", "said"),
     [
         (["--output", "page.html"], "There is no IMAGE"),
-        (["photos", "--output", "page.txt"], "must end in one of .html, .png, .svg, .pdf"),
+        (["photos", "--output", "page.txt"], "must end in one of .html, .png, .webp, .svg, .pdf"),
         (["photos", "--output", "page.png"], "3 images do not go into one PNG"),
         (["photos", "--output", "missing/page.html"], "missing is no folder"),
         (["photos/0.png", "--output", "photos/0.png"], "is one of the images"),
@@ -151,4 +155,11 @@ def test_an_interruption_leaves_nothing_half_written(overlay, photos, tmp_path, 
 
 
 def test_several_checkpoints_caption_together(overlay, checkpoint, photos, tmp_path):
-    assert overlay(checkpoint, photos, "--output", tmp_path / "page.html")[0] == 0
+    other, page = tmp_path / "other.ckpt", tmp_path / "page.html"
+    torch.save({KEY: pack(captioner(OTHER, encoder=small_cnn(), scale=6).contents())}, other)
+    models = [Captioner.from_checkpoint(path) for path in (checkpoint, other)]
+    said = []
+    for model in (*models, Ensemble(models)):
+        said.append([word for caption in model.caption(sorted(photos.iterdir())) for word in caption.words])
+    assert overlay(other, photos, "--output", page)[0] == 0
+    assert words_of(page) == said[2] and said[2] not in said[:2]

@@ -143,6 +143,12 @@ def test_nothing_runs_but_its_own_script_and_nothing_is_fetched(page):
         assert all(attributes[name].startswith("data:") for name in ("src", "href") if name in attributes)
 
 
+def test_words_run_as_their_letters_do(page):
+    elements = page(PageImage("one.jpg", photograph(30, 20), [caption_of("كلب يركض")]))
+    ((caption, _),) = elements.of("div", "caption")
+    assert caption["dir"] == "auto"
+
+
 def test_a_hundred_images_stay_below_20_mb():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (640, 640, 3), dtype=np.uint8))
     data, size = _jpeg(noise)  # no photograph is larger
@@ -313,15 +319,23 @@ def test_the_keyboard_does_all_that_the_mouse_does(visit):
 def test_view_scale_and_colours_of_the_page_can_be_switched(visit):
     tab = visit()
     tab.locator(".word").nth(0).click()
-    pictures = [pixels(tab)]
+    numbers = tab.locator(".numbers").first
+    pictures, told = [pixels(tab)], [numbers.text_content()]
     for label in ("blocks", "shared", "smooth", "per word"):
         tab.get_by_label(label, exact=True).check()
         pictures.append(pixels(tab))
+        told.append(numbers.text_content())
     assert np.array_equal(pictures[0], pictures[4])
     weights = region_weights(IMAGES[0].captions[0]).max((1, 2))
     assert weights[0] < weights.max()
     bright = [picture[..., 3][picture[..., :3].min(-1) < 255].max() for picture in pictures]
     assert bright[0] == bright[1] == 191 and max(bright[2], bright[3]) < 191
+    even = attention_map(caption_of("word", (1, 1)), 0, (300, 250), CROP, "raw")
+    maps = [attention_map(IMAGES[0].captions[0], index, (300, 250), CROP) for index in range(4)]
+    tops = [(each[even > 0] / even[even > 0]).max() for each in maps]
+    own, shared = f"At its brightest: {tops[0]:.1f} times an even share", f"shared scale is {max(tops):.1f}."
+    assert told[0] == told[4] and told[0].endswith(f" {own}.")
+    assert tops[0] < max(tops) and told[3].endswith(f" {own}; the brightest colour of the {shared}")
     ground = "getComputedStyle(document.body).backgroundColor"
     light = tab.evaluate(ground)
     tab.locator("#theme").click()
