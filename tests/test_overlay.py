@@ -248,7 +248,9 @@ def test_a_raw_view_draws_blocks():
     assert len(set(panel[::125, ::125].flatten())) == 4
 
 
-@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("webp", b"RIFF")])
+@pytest.mark.parametrize(
+    ("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("webp", b"RIFF")]
+)
 def test_a_figure_is_written_in_any_form_and_always_alike(form, beginning, tmp_path):
     image, caption = Image.new("RGB", (60, 40), "red"), caption_of("one two three")
     written = [io.BytesIO(), io.BytesIO()]

@@ -79,7 +79,9 @@ def test_a_folder_becomes_a_page(overlay, photos, tmp_path):
     assert sorted(tmp_path.iterdir()) == [page, photos]
 
 
-@pytest.mark.parametrize(("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF"), ("webp", b"RIFF")])
+@pytest.mark.parametrize(
+    ("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF"), ("webp", b"RIFF")]
+)
 def test_an_image_becomes_a_figure(overlay, photos, tmp_path, form, beginning):
     figure = tmp_path / f"figure.{form}"
     assert overlay(photos / "0.png", "--output", figure, "--beam-size", "2", "--min-words", 2) == (0, "")
