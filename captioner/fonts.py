@@ -51,7 +51,11 @@ def find_fonts(text: str) -> tuple[list[str], str | None]:
     hint : str or None
         Where letters are in no font, and are drawn as boxes: which, and what to install.
     """
-    families, missing = _cover(frozenset(filter(_is_drawn, text)))
+    letters = frozenset(filter(_is_drawn, text))
+    families, missing = _cover(letters)
+    if missing and list(_new_fonts({font.fname for font in fontManager.ttflist})):
+        _cover.cache_clear()  # since that was found, fonts were installed
+        families, missing = _cover(letters)
     if not missing:
         return [DEFAULT, *families], None
     lacking = [

@@ -145,7 +145,10 @@ def draw_overlay(
         As `make_figure`.
     """
     settings: Any = {"view": view, "shared_scale": shared_scale, "beneath": beneath}
-    figure = make_figure(image, caption, preprocessing, **settings, detail=1)
+    return _drawn(make_figure(image, caption, preprocessing, **settings, detail=1))
+
+
+def _drawn(figure: Figure) -> Image.Image:
     canvas: Any = FigureCanvasAgg(figure)  # without types in matplotlib; needs neither pyplot nor a display
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # the FontWarning says it once
         canvas.draw()
@@ -170,14 +173,20 @@ def save_figure(figure: Figure, path: Path | Any, form: str | None = None) -> No
         If it is another format.
     """
     form = form or Path(path).suffix.removeprefix(".").lower()
+    pixels: dict[str, dict[str, Any]] = {
+        "png": {"compress_level": 1, "compress_type": 3},  # photographs shrink little further, and take long
+        "webp": {"quality": 80},
+    }
     undated: dict[str, dict[str, Any]] = {
-        "png": {"pil_kwargs": {"compress_level": 1}},  # photographs shrink little further, and take long
         "svg": {"metadata": {"Date": None}},
         "pdf": {"metadata": {"CreationDate": None}},
-        "webp": {"pil_kwargs": {"quality": 80}},
     }
+    if form in pixels:  # not by matplotlib, which would write how opaque each pixel is, too
+        _drawn(figure).save(path, form.upper(), dpi=(figure.dpi, figure.dpi), **pixels[form])
+        return
     if form not in undated:
-        raise InputError(f"A figure is written as {', '.join(undated)}, and not as {form!r}: choose one of these.")
+        known = ", ".join((*pixels, *undated))
+        raise InputError(f"A figure is written as {known}, and not as {form!r}: choose one of these.")
     settings: Any = {"svg.hashsalt": "captioner", "savefig.bbox": None}  # whatever a user's matplotlibrc says
     with warnings.catch_warnings(action="ignore", category=UserWarning), rc_context(settings):
         figure.savefig(path, format=form, dpi=figure.dpi, **undated[form])
@@ -288,7 +297,7 @@ def make_figure(
     def show(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> None:
         left, bottom = x / total_width, 1 - (y + height) / total_height
         place = Bbox.from_bounds(left, bottom, width / total_width, height / total_height)
-        picture = BboxImage(TransformedBbox(place, figure.transFigure), interpolation="nearest")
+        picture = _Panel(TransformedBbox(place, figure.transFigure), interpolation="nearest")
         picture.set_data(pixels)
         figure.add_artist(picture)
 
@@ -330,6 +339,19 @@ def make_figure(
     for index, line in enumerate(notes):
         write(line, MARGIN + SCALE, bottom + index * NOTE, 8.5, FAINT_INK)
     return figure
+
+
+class _Panel(BboxImage):
+    """An image that is drawn as it is where it has the pixels of its place, which takes less time than resampling."""
+
+    def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> Any:
+        pixels, place = self.get_array(), self.get_window_extent(renderer)
+        corner, size = (round(place.x0), round(place.y0)), (round(place.width), round(place.height))
+        exact = np.allclose((*corner, *size), place.bounds, rtol=0, atol=1e-6)
+        if unsampled or magnification != 1 or not exact or size != pixels.shape[1::-1]:
+            return super().make_image(renderer, magnification, unsampled)
+        opaque = np.full((*pixels.shape[:2], 1), 255, dtype=np.uint8)
+        return np.concatenate([pixels, opaque], axis=-1)[::-1], *corner, None  # from the bottom up
 
 
 def region_weights(caption: Caption) -> NDArray[np.float64]:
@@ -420,10 +442,13 @@ def _blend(
 ) -> NDArray[np.uint8]:
     """Colour what was seen by its attention (height, width) in 0..1: the stronger, the more colour."""
     opacity = (0.08 + 0.67 * strength).astype(np.float32)[..., None]
-    blended = muted + opacity * (COLOURS[(strength * 255).round().astype(np.uint8)] - muted)
+    blended = COLOURS[(strength * 255).round().astype(np.uint8)].astype(np.float32)
+    blended -= muted  # in place: a figure has millions of pixels
+    blended *= opacity
+    blended += muted
     if not seen.all():
         blended = np.where(seen[..., None] > 0, blended, unseen)
-    return blended.round().astype(np.uint8)
+    return np.rint(blended, out=blended).astype(np.uint8)
 
 
 def _runs_leftward(text: str) -> bool:

@@ -109,7 +109,13 @@ class Scene:
         return cls(values["side"], objects, values["seed"])
 
 
-def compose(generator: np.random.Generator, *, unseen: bool, side: int = 96) -> Scene:
+def compose(
+    generator: np.random.Generator,
+    *,
+    unseen: bool,
+    side: int = 96,
+    pairs: Sequence[tuple[str, str]] = SEEN_PAIRS,
+) -> Scene:
     """Compose a scene of two to four objects, no two of the same colour and shape, none touching another.
 
     Parameters
@@ -120,26 +126,33 @@ def compose(generator: np.random.Generator, *, unseen: bool, side: int = 96) -> 
         True: at least one object is of `UNSEEN_PAIRS`; False: none is.
     side
         The image's width and height in pixels.
+    pairs
+        The colours and shapes that objects have where `unseen` is False: four or more of `PAIRS`.
 
     Raises
     ------
     InputError
-        If the side is too small for shapes to be told apart.
+        If the side is too small for shapes to be told apart, or the pairs are too few or others.
     """
+    if not 4 <= len(pairs) == len(set(pairs) & set(PAIRS)):
+        raise InputError(
+            "the pairs of a colour and a shape that objects are to have must be four or more, each of them once and "
+            "one that can be drawn: choose among captioner.scenes.PAIRS"
+        )
     if side < 32:
         raise InputError(f"a scene of {side} pixels is too small to tell shapes apart: choose a side of 32 or more")
     number = int(generator.integers(2, 5))
     if unseen:
         first = UNSEEN_PAIRS[generator.integers(len(UNSEEN_PAIRS))]
         others = [pair for pair in PAIRS if pair != first]
-        pairs = [first, *(others[k] for k in generator.choice(len(others), number - 1, replace=False))]
+        chosen = [first, *(others[k] for k in generator.choice(len(others), number - 1, replace=False))]
     else:
-        pairs = [SEEN_PAIRS[k] for k in generator.choice(len(SEEN_PAIRS), number, replace=False)]
+        chosen = [pairs[k] for k in generator.choice(len(pairs), number, replace=False)]
     sizes = [tuple(SIZES)[k] for k in generator.integers(len(SIZES), size=number)]
     extents = [int(generator.uniform(*SIZES[size]) * side * SUBPIXELS) for size in sizes]
     boxes = _place(extents, side * SUBPIXELS, generator)
     objects = [
-        SceneObject(shape, colour, size, box) for (colour, shape), size, box in zip(pairs, sizes, boxes, strict=True)
+        SceneObject(shape, colour, size, box) for (colour, shape), size, box in zip(chosen, sizes, boxes, strict=True)
     ]
     order = generator.permutation(number)
     return Scene(side, tuple(objects[k] for k in order), int(generator.integers(2**32)))
@@ -605,7 +618,12 @@ def pointing(
 
 
 def write_scenes(
-    directory: Path, sizes: Mapping[str, int], seed: int, side: int = 96, progress: Callable[[int], None] | None = None
+    directory: Path,
+    sizes: Mapping[str, int],
+    seed: int,
+    side: int = 96,
+    progress: Callable[[int], None] | None = None,
+    pairs: Sequence[tuple[str, str]] = SEEN_PAIRS,
 ) -> None:
     """Draw and caption scenes and write them as a data set in COCO's captions format.
 
@@ -627,11 +645,13 @@ def write_scenes(
         The images' width and height in pixels.
     progress
         Called after each scene with the number of scenes written so far, over all splits.
+    pairs
+        As for `compose`: fewer make an easier data set.
 
     Raises
     ------
     InputError
-        If a split is unknown or of an impossible size, or the side is too small.
+        If a split is unknown or of an impossible size, or as `compose`.
     """
     for split, size in sizes.items():
         if split not in SPLITS:
@@ -646,7 +666,7 @@ def write_scenes(
         annotations: list[dict[str, Any]] = []
         scenes: dict[int, dict[str, Any]] = {}
         for number in range(1, size + 1):
-            scene = compose(generator, unseen=split == "unseen", side=side)
+            scene = compose(generator, unseen=split == "unseen", side=side, pairs=pairs)
             descriptions = describe(scene, generator)
             image_id = SPLITS.index(split) * IMAGES_PER_SPLIT + number
             name = f"{number:06d}.png"

@@ -61,6 +61,17 @@ def test_a_font_that_was_installed_after_matplotlib_made_its_list_is_found(monke
     fonts._cover.cache_clear()
 
 
+def test_a_font_that_is_installed_after_letters_were_missed_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(fonts.fontManager, "ttflist", [])
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [])
+    fonts._cover.cache_clear()
+    assert "No installed font" in find_fonts("a dog")[1]
+    path = shutil.copy(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", tmp_path)
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [path])
+    assert find_fonts("a dog") == ([DEFAULT, "DejaVu Sans Mono"], None)
+    fonts._cover.cache_clear()
+
+
 def test_han_is_drawn_as_the_letters_beside_it(monkeypatch):
     usual = [name for names in fonts.USUAL.values() for name in names]
     monkeypatch.setattr(fonts, "_letters", lambda path: letters("犬개のa") if path != DEFAULT else letters("a"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from captioner import app_command, caption_command, overlay_command, study_runs
+from captioner import app_command, caption_command, demo, overlay_command, study_runs
 from captioner.cli import main
 from captioner.training import settings
 
@@ -20,8 +20,11 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README + SEVERAL_GPUS + DATA, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner fit" in line]
 STUDIES = [line for block in BLOCKS for line in block.splitlines() if "captioner study" in line]
 CAPTIONS = [line for block in BLOCKS for line in block.splitlines() if "captioner caption" in line]
-OVERLAYS = [line for block in BLOCKS for line in block.splitlines() if "captioner overlay" in line]
+OVERLAYS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if "captioner overlay" in line]
 APPS = [line for block in BLOCKS for line in block.splitlines() if "captioner app" in line]
+DEMOS = [
+    line.partition("captioner demo")[2] for block in BLOCKS for line in block.splitlines() if "captioner demo" in line
+]
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [path for path in FILES if path.name != "study.yaml"]  # which is laid over one, see test_study.py
@@ -95,10 +98,27 @@ def test_each_caption_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.jpg").touch()
     (tmp_path / "holiday").mkdir()
+    (tmp_path / "docs").mkdir()
     parsed = []
     for each in (caption_command, overlay_command, app_command):
         monkeypatch.setattr(each, "run", lambda options, open_model: parsed.append(options) or 0)
     assert main(shlex.split(command)[1:]) == 0 and parsed[0].checkpoint[0].name == "best.ckpt"
+
+
+@pytest.mark.parametrize("flags", DEMOS)
+def test_each_demo_command_is_understood(flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = []
+    monkeypatch.setattr(demo, "run", lambda output, seed, started, configs: given.append((output, configs)))
+    assert main(["demo", *shlex.split(flags)]) == 0
+    ((output, configs),) = given
+    assert str(output) == "captioner-demo" and all(path.is_file() for path in configs)
+
+
+def test_the_first_picture_is_made_by_a_command():
+    (picture,) = re.findall(r"^!\[.*\]\((.*)\)$", README.partition("## Two commands")[0], re.MULTILINE)
+    assert sum(f"--output {picture}" in command for command in OVERLAYS) == 1
+    assert (ROOT / picture).stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -108,4 +128,5 @@ def test_each_flag_is_understood(flags, capsys, monkeypatch):
 
 
 def test_there_are_commands_and_flags_to_test():
-    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5 and STUDIES and len(CAPTIONS) >= 4 and OVERLAYS and APPS
+    assert len(COMMANDS) >= 2 and len(FLAGS) >= 5 and STUDIES and len(CAPTIONS) >= 4
+    assert len(OVERLAYS) >= 3 and len(DEMOS) >= 2 and APPS

@@ -101,6 +101,15 @@ def test_a_tiny_image_is_refused():
         compose(np.random.default_rng(0), unseen=False, side=20)
 
 
+@pytest.mark.parametrize("wrong", [PAIRS[:3], [*PAIRS[:3], PAIRS[0]], [*PAIRS[:4], ("grey", "circle")]])
+def test_objects_may_be_of_few_pairs(wrong):
+    few = PAIRS[5:9]
+    scenes = [compose(np.random.default_rng(seed), unseen=False, pairs=few) for seed in range(20)]
+    assert {(item.colour, item.shape) for scene in scenes for item in scene.objects} == set(few)
+    with pytest.raises(InputError, match="four or more, each of them once"):
+        compose(np.random.default_rng(0), unseen=False, pairs=wrong)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("box", [(10.0, 20.0, 36.0, 46.0), (30.25, 7.5, 49.0, 26.25)])
 def test_boxes_are_tight(shape, box):
