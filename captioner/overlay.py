@@ -345,7 +345,8 @@ class _Panel(BboxImage):
     """An image that is drawn as it is where it has the pixels of its place, which takes less time than resampling."""
 
     def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> Any:
-        pixels, place = self.get_array(), self.get_window_extent(renderer)
+        pixels: Any = self.get_array()
+        place = self.get_window_extent(renderer)
         corner, size = (round(place.x0), round(place.y0)), (round(place.width), round(place.height))
         exact = np.allclose((*corner, *size), place.bounds, rtol=0, atol=1e-6)
         if unsampled or magnification != 1 or not exact or size != pixels.shape[1::-1]:
