@@ -172,13 +172,13 @@ def test_weights_alone_cannot_be_gone_on_from(last, recipe, tmp_path, capsys):
 # Mistakes
 
 
-def test_help_begins_with_four_examples(capsys):
+def test_help_begins_with_five_examples(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith("Four examples:") and text.index("  captioner fit --config") < text.index("usage:")
-    assert text[: text.index("usage:")].count("\n  captioner ") == 4
+    assert text.startswith("Five examples:") and text.index("  captioner fit --config") < text.index("usage:")
+    assert text[: text.index("usage:")].count("\n  captioner ") == 5
 
 
 @pytest.mark.parametrize(
