@@ -15,6 +15,7 @@ from test_training import one_line
 
 from captioner import validation_pictures
 from captioner.cli import main
+from captioner.decoders import LSTMDecoder
 from captioner.model import Captioner
 from captioner.overlay import draw_overlay
 from captioner.validation_pictures import ValidationPictures, spread
@@ -223,3 +224,22 @@ def test_letters_that_no_font_has_are_said_once(fit, monkeypatch, capsys):
     cli = fit(*ONE, *TWICE)
     assert one_line(capsys) == "captioner: Install some.\n" and len(asked) == 2
     assert records_of(cli, 4)[0].captions[0] in asked[0]
+
+
+@pytest.mark.slow
+def test_of_a_compiled_decoder_nothing_more_is_compiled_for_pictures(fit, drawn, monkeypatch):
+    graphs, compile = [], LSTMDecoder.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(LSTMDecoder, "compile", lambda decoder: compile(decoder, backend=backend))
+    counts = []
+    for images in ("0", "1"):
+        torch._dynamo.reset()
+        graphs.clear()
+        fit("--model.compile", "true", "--pictures.images", images)
+        counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert counts[0] == counts[1] > 0 and len(drawn) == 1
