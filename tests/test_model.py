@@ -33,7 +33,7 @@ from captioner.attention import Annotations, MultiHead
 from captioner.bridges import LinearBridge, TransformerBridge
 from captioner.checkpoint import KEY, pack
 from captioner.decoding import Decoding
-from captioner.encoders import VGG16, ForeignEncoder, ResNet, SmallCNN
+from captioner.encoders import VGG16, ForeignEncoder, PrecomputedRegions, ResNet, SmallCNN
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 from captioner.model import PARTS, Captioner, describe, find_captions, rebuild
@@ -824,6 +824,7 @@ def parts():
     yield "ResNet", partial(ResNet, depth=34, stage=2, weights="IMAGENET1K_V1", **trained), ()
     yield "ResNet by default", ResNet, ()
     yield "VGG16", partial(VGG16, weights="IMAGENET1K_V1", **trained), ()
+    yield "PrecomputedRegions", partial(PrecomputedRegions, dim=5), ()
     yield "ForeignEncoder", partial(ForeignEncoder, grid=2, preprocessing=TINY, learns=True), (Patches(),)
     yield "Preprocessing", partial(Preprocessing, "crop", 20, 24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), ()
 

@@ -131,7 +131,8 @@ def test_they_are_spread_over_the_split(items, count, chosen):
 
 
 def test_of_a_validation_of_some_images_they_are_from_these_and_the_check_before_training_is_not_shown(fit):
-    some = ("--trainer.limit_val_batches", "1", "--data.batch_size", "4")
+    # One of three batches. As "1" it would be a number of batches or the share 1.0, whichever typing saw first.
+    some = ("--trainer.limit_val_batches", "0.34", "--data.batch_size", "4")
     cli = fit(*THREE, *some, "--trainer.num_sanity_val_steps", "1")
     assert [(tag, len(each)) for tag, each in pictures(cli).items()] == [(tag, 1) for tag in tags(cli, 0, 2, 3)]
 
