@@ -626,6 +626,7 @@ def test_it_fits_the_screen(visit, device):
     tab.locator("#said").fill("a red ball " + "zebra" * 40)
     tab.locator("#said").press("Enter")
     tab.locator("#captions .own").wait_for()
+    assert tab.evaluate(across) <= width and "zebrazebra" in tab.locator("#note").text_content()
     tab.get_by_label("sampling").check()
     done(tab)
     assert tab.evaluate(across) <= width
