@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,10 @@ class AnyFormat(CaptionFiles):
     def records(self, split: str | None = None, report: Report = stop) -> list[CaptionedImage]:
         """Return the images of a split, or all, see `CaptionFiles.records`."""
         return self.files.records(split, report)
+
+    def by_split(self, report: Report) -> dict[str | None, list[CaptionedImage]]:
+        """Return the images of every split, see `CaptionFiles.by_split`."""
+        return self.files.by_split(report)
 
 
 def open_captions(path: Path) -> CaptionFiles:
@@ -199,7 +204,10 @@ def _is_table(path: Path) -> bool:
 
 
 def _first_line(path: Path) -> str:
-    return _ends(path)[:PART].decode("utf-8-sig", errors="replace").lstrip().partition("\n")[0].rstrip()
+    part = _ends(path)[:PART]
+    # A table that was saved as UTF-16 is recognised, so that its reader can say so.
+    encoding = "utf-16" if part.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return part.decode(encoding, errors="replace").lstrip().partition("\n")[0].rstrip()
 
 
 def _ends(path: Path) -> bytes:

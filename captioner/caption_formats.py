@@ -43,18 +43,47 @@ class CaptionedImage(NamedTuple):
     captions: tuple[str, ...]
 
 
+class CaptionLine(str):
+    """A caption as published that knows where it stands.
+
+    Parameters
+    ----------
+    caption : str
+        The raw caption, which it equals.
+    file : Path
+        The caption file.
+    line : int
+        The line that it, or the row that holds it, begins in, counted from 1.
+    """
+
+    __slots__ = ("file", "line")
+    file: Path
+    line: int
+
+    def __new__(cls, caption: str, file: Path, line: int) -> CaptionLine:  # noqa: D102
+        self = super().__new__(cls, caption)
+        self.file, self.line = file, line
+        return self
+
+    def __reduce__(self) -> tuple[type[CaptionLine], tuple[str, Path, int]]:
+        """Go to another process with the place."""
+        return CaptionLine, (str(self), self.file, self.line)
+
+
 class CaptionFiles(ABC):
     """A dataset on disk: what every format's class offers.
 
     Attributes
     ----------
+    folders : frozenset of Path
+        The folders that names of images start from, so far as captions were read.
     splits : tuple of str
         The names that `read` and `records` take. "dev", "valid" and "validation" may be said for "val", and "val" for
         them.
     """
 
     splits: tuple[str, ...]
-    _folders: frozenset[Path] = frozenset()  # the folders that names of images start from
+    folders: frozenset[Path] = frozenset()
 
     @property
     def format(self) -> str:
@@ -70,7 +99,7 @@ class CaptionFiles(ABC):
             If the split is unknown, has no captioned image, or a file or an image is missing or damaged.
         """
         records = self.captioned(split)
-        _check_on_disk(records, self._folders)
+        check_on_disk(records, self.folders)
         return records
 
     def captioned(self, split: str) -> list[CaptionedImage]:
@@ -105,9 +134,31 @@ class CaptionFiles(ABC):
             If the split is unknown, or the caption file is missing or damaged.
         """
 
+    def by_split(self, report: Report) -> dict[str | None, list[CaptionedImage]]:
+        """Return all images of every split, and look for no image file.
+
+        Parameters
+        ----------
+        report
+            What is done with each fault, which goes on; a split that cannot be read is one.
+
+        Returns
+        -------
+        dict
+            The images of each split; under None those whose split follows from their contents, and under "" those that
+            are in none.
+        """
+        found: dict[str | None, list[CaptionedImage]] = {}
+        for split in self.splits:
+            try:
+                found[split] = self.records(split, report)
+            except InputError as error:
+                report(_of_split(split, error))
+        return found
+
     def _path(self, folder: Path, name: str) -> Path:
         """Return where an image is, whose name does not lead out of the folder."""
-        self._folders |= {folder}
+        self.folders |= {folder}
         return folder / name
 
 
@@ -145,11 +196,20 @@ class Flickr8k(CaptionFiles):
         folder = published if published.is_dir() else self.root / "Images"
         return [CaptionedImage(name, self._path(folder, name), tuple(captions[name])) for name in names]
 
+    def by_split(self, report: Report) -> dict[str | None, list[CaptionedImage]]:
+        """Return the images of every split, and those in no list, see `CaptionFiles.by_split`."""
+        found = super().by_split(report)
+        if found:
+            listed = {record.image_id for records in found.values() for record in records}
+            found[""] = [record for record in self.records(None, report) if record.image_id not in listed]
+        return found
+
     def _names(self, split: str, captions: dict[str, list[str]], report: Report) -> list[str]:
         split = _own_name("Flickr8k", split, self.splits)
         list_file = self.root / f"Flickr_8k.{split}Images.txt"
-        # Without repetitions: every image counts once.
-        names = list(dict.fromkeys(line.strip() for _, line in read_lines(list_file, report)))
+        names: dict[str, int] = {}  # without repetitions: every image counts once
+        for number, line in read_lines(list_file, report):
+            names.setdefault(line.strip(), number)
         if not names:
             raise InputError(f"{list_file} names no image: take the list of the published dataset.")
         if uncaptioned := [name for name in names if name not in captions]:
@@ -157,8 +217,9 @@ class Flickr8k(CaptionFiles):
                 Fault(
                     f"{list_file} names {len(uncaptioned)} images that have no caption in {self.captions_file}, the "
                     f"first is {uncaptioned[0]}: take both files from the same release.",
-                    "image without captions",
+                    "uncaptioned image",
                     list_file,
+                    names[uncaptioned[0]],
                 )
             )
         return [name for name in names if name in captions]
@@ -172,7 +233,7 @@ class Flickr8k(CaptionFiles):
             if not tab or not mark:
                 report(Fault.at(path, number, "is not 'name.jpg#number', a tab and a caption: mend the line.", "line"))
             elif _is_inside(path, number, name, report) and _is_caption(path, f"line {number}", caption, report):
-                captions.setdefault(name, []).append(caption)
+                captions.setdefault(name, []).append(CaptionLine(caption, path, number))
         if not captions:
             raise InputError(f"{path} has no caption: take the file of the published dataset.")
         return captions
@@ -239,6 +300,23 @@ class CaptionList(CaptionFiles):
                 "other data.files.shares or another data.files.seed, or say in a column 'split' where each belongs."
             )
         return chosen
+
+    def by_split(self, report: Report) -> dict[str | None, list[CaptionedImage]]:
+        """Return the images of every split, see `CaptionFiles.by_split`."""
+        _check_folder(self.root)
+        entries = list(self._entries(self.root, report))
+        records = self._located(entries, self.root, self.images)
+        try:
+            own = _own_splits(str(self), entries)
+        except InputError as error:
+            report(Fault(str(error), "split"))
+            own = [meaning_of(entry.split or "") for entry in entries]
+        if own is None:
+            return {None: records}
+        found: dict[str | None, list[CaptionedImage]] = {}
+        for record, split in zip(records, own, strict=True):
+            found.setdefault(split, []).append(record)
+        return found
 
     def _located(self, entries: Sequence[Entry], root: Path, images: str | None) -> list[CaptionedImage]:
         folder, before = _find_folder(root, images, [entry.name for entry in entries])
@@ -310,6 +388,10 @@ class COCOCaptions(CaptionList):
         entries = self._read(self.root / self.captions.replace("{split}", split), report)
         images = None if self.images is None else self.images.replace("{split}", split)
         return self._located(entries, self.root, images)
+
+    def by_split(self, report: Report) -> dict[str | None, list[CaptionedImage]]:
+        """Return the images of every split, see `CaptionFiles.by_split`."""
+        return CaptionFiles.by_split(self, report) if "{split}" in self.captions else super().by_split(report)
 
     def _entries(self, folder: Path, report: Report) -> list[Entry]:
         return self._read(folder / self.captions, report)
@@ -461,7 +543,7 @@ class Flickr30k(CaptionList):
                 continue
             name, caption = row[1].strip(), row[3].strip(" ")
             if _is_inside(path, number, name, report) and _is_caption(path, f"line {number}", caption, report):
-                captions.setdefault(name, []).append(caption)
+                captions.setdefault(name, []).append(CaptionLine(caption, path, number))
         return (Entry(name, name, texts) for name, texts in captions.items())
 
 
@@ -559,6 +641,10 @@ class ImageFolder(CaptionList):
         _check_folder(folder)
         return self._located(list(self._entries(folder, report)), folder, self.images)
 
+    def by_split(self, report: Report) -> dict[str | None, list[CaptionedImage]]:
+        """Return the images of every split, see `CaptionFiles.by_split`."""
+        return CaptionFiles.by_split(self, report) if self._split_folders else super().by_split(report)
+
     def _entries(self, folder: Path, report: Report) -> Iterable[Entry]:
         captions = self.captions or found_beside(folder) or SIDECARS[0]
         if not captions.startswith("."):
@@ -569,7 +655,11 @@ class ImageFolder(CaptionList):
         for image in find_images([folder]):
             text = image.with_suffix(extension)
             lines = list(read_lines(text, report)) if text.is_file() else []
-            captions = [line for number, line in lines if _is_caption(text, f"line {number}", line, report)]
+            captions: list[str] = [
+                CaptionLine(line, text, number)
+                for number, line in lines
+                if _is_caption(text, f"line {number}", line, report)
+            ]
             if not lines and text.is_file():
                 report(Fault.at(text, 1, "is empty: write a caption, or delete the file.", "empty caption"))
             name = image.relative_to(folder).as_posix()
@@ -585,7 +675,7 @@ def found_beside(folder: Path) -> str | None:
         images = find_images([folder])
     except InputError:  # there is none
         return None
-    # One listing of each folder, see `_check_on_disk`.
+    # One listing of each folder, see `check_on_disk`.
     names = {parent: {path.name for path in parent.iterdir()} for parent in {image.parent for image in images}}
     beside = ((image.with_suffix(extension), extension) for extension in SIDECARS for image in images)
     return next((extension for text, extension in beside if text.name in names[text.parent]), None)
@@ -595,7 +685,7 @@ def split_folders(root: Path) -> tuple[str, ...]:
     """Return the folders in a folder that are called as splits are, those of training first."""
     names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     return tuple(
-        sorted((name for name in names if _meaning(name) in SPLITS), key=lambda one: SPLITS.index(_meaning(one)))
+        sorted((name for name in names if meaning_of(name) in SPLITS), key=lambda one: SPLITS.index(meaning_of(one)))
     )
 
 
@@ -628,13 +718,17 @@ def read_table(path: Path, image_column: str | None, text_column: str | None, re
             report(fault)
             continue
         name, split = row[image], row.get("split") or None
-        captions = _texts([row[text], *(row[column] for column in further if row[column])])
-        if not isinstance(name, str) or not name or not isinstance(split, str | None) or captions is None:
+        texts = _texts([row[text], *(row[column] for column in further if row[column])])
+        if not isinstance(name, str) or not name or not isinstance(split, str | None) or texts is None:
             report(Fault.at(path, number, f"has a {image!r} or a {text!r} that is no text: mend the line.", "line"))
             continue
         if not _is_inside(path, number, name, report):
             continue
-        captions = [caption for caption in captions if _is_caption(path, f"line {number}", caption, report)]
+        captions = [
+            CaptionLine(caption, path, number)
+            for caption in texts
+            if _is_caption(path, f"line {number}", caption, report)
+        ]
         entry = entries.setdefault(name, Entry(name, name, [], split))
         entry.captions.extend(captions)
         if entry.split != split:
@@ -731,12 +825,13 @@ def _own_splits(dataset: str, entries: Sequence[Entry]) -> list[str] | None:
                 f"{dataset} has no split of {len(unsaid)} of {len(entries)} images, the first is {unsaid[0]}: write "
                 "one for each, or for none."
             )
-        return [_meaning(split) for split in said if split]
-    tops = [_meaning(entry.name.partition("/")[0]) if "/" in entry.name else "" for entry in entries]
+        return [meaning_of(split) for split in said if split]
+    tops = [meaning_of(entry.name.partition("/")[0]) if "/" in entry.name else "" for entry in entries]
     return tops if set(tops) <= set(SPLITS) and len(set(tops)) > 1 else None
 
 
-def _meaning(split: str) -> str:
+def meaning_of(split: str) -> str:
+    """Return which of train, val and test a dataset's name of a split stands for, or the name if for none."""
     split = split.strip().lower()
     return MEANINGS.get(split, split)
 
@@ -745,11 +840,19 @@ def _own_name(dataset: str, split: str, splits: tuple[str, ...]) -> str:
     """Return what a dataset calls a split."""
     if split in splits:
         return split
-    same = [name for name in splits if _meaning(name) == _meaning(split)]
+    same = [name for name in splits if meaning_of(name) == meaning_of(split)]
     if len(same) != 1:
         there_are = f"choose from {', '.join(splits)}" if splits else "it is one file for all, leave the split out"
         raise InputError(f"{dataset} has no split '{split}'; {there_are}.")
     return same[0]
+
+
+def _of_split(split: str, error: InputError) -> Fault:
+    """Return what is wrong with a split as a whole. Training goes without a test split."""
+    kind = error.kind if isinstance(error, Fault) else "split"
+    if kind == "missing file" and meaning_of(split) not in ("train", "val"):
+        kind = "no test split"
+    return Fault(str(error), kind, getattr(error, "path", None), getattr(error, "line", None))
 
 
 def _check_folder(root: Path) -> None:
@@ -773,10 +876,17 @@ def _missing(paths: Sequence[Path], of: int) -> Fault:
     )
 
 
-def _check_on_disk(records: Sequence[CaptionedImage], folders: Iterable[Path]) -> None:
+def check_on_disk(records: Sequence[CaptionedImage], folders: Iterable[Path], report: Report = stop) -> None:
     """See that the images are there, and that no link leads out of the folders that they belong in.
 
     These folders themselves may be links, as to a larger disk.
+
+    Parameters
+    ----------
+    records, folders
+        The images, and these folders.
+    report
+        What is done with the missing images, which are one fault, and with each link.
     """
     homes = [os.path.realpath(folder) for folder in folders]
 
@@ -792,14 +902,16 @@ def _check_on_disk(records: Sequence[CaptionedImage], folders: Iterable[Path]) -
             with os.scandir(folder) as listing:
                 present[folder] = {entry.name: entry.is_symlink() for entry in listing}
     if missing := [record.path for record in records if record.path.name not in present[record.path.parent]]:
-        raise _missing(missing, len(records))
+        report(_missing(missing, len(records)))
     outside = {folder for folder in present if leaves(folder)}
     for record in records:
         folder = record.path.parent
-        if folder in outside or (present[folder][record.path.name] and leaves(record.path)):
-            raise Fault(
-                f"{record.path} is a link that leads out of the dataset, to {os.path.realpath(record.path)}: copy the "
-                "image there instead.",
-                "path",
-                record.path,
+        if folder in outside or (present[folder].get(record.path.name) and leaves(record.path)):
+            report(
+                Fault(
+                    f"{record.path} is a link that leads out of the dataset, to {os.path.realpath(record.path)}: copy "
+                    "the image there instead.",
+                    "path",
+                    record.path,
+                )
             )

@@ -34,6 +34,7 @@ Captions images, and shows where each word came from.
   captioner app                   the same in a browser, on this machine: drop an image, or type a caption
   captioner fit                   train
   captioner validate, test        score a checkpoint on a split
+  captioner check DATASET         find what is wrong with images and captions before they are trained on
   captioner cache                 build, list and clear the cached annotations of frozen encoders
   captioner score                 score any system's captions, and compare two systems
   captioner faithfulness          measure whether a checkpoint uses its attention
@@ -90,6 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "faithfulness": _faithfulness,
         "score": _score,
         "cache": _cache,
+        "check": _check,
         "study": _study,
     }
     if not args or args[0] in ("-h", "--help"):
@@ -401,6 +403,14 @@ def _score(args: Sequence[str]) -> int:
     # A file or a pipe has no width: lines are not broken for it.
     show(evaluation, Console(width=None if sys.stdout.isatty() else 160))
     return 0
+
+
+def _check(args: Sequence[str]) -> int:
+    from captioner.check_command import add_options, run
+
+    parser = _parser("check", "Find what is wrong with a dataset's images and captions before they are trained on.")
+    add_options(parser)
+    return run(parser.parse_args(args[1:]))
 
 
 def _study(args: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import hashlib
 import json
 import os
 import queue
@@ -19,8 +20,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from captioner.content_splits import digest_of
 from captioner.errors import InputError, in_one_line
 from captioner.images import MEMORY, Preprocessing, open_image
 
@@ -97,6 +99,81 @@ def read_images(
         readers.close()
 
 
+class ImageFacts(NamedTuple):
+    """What an image file is found to be.
+
+    Attributes
+    ----------
+    digest : str
+        The SHA-256 of the file, in hexadecimal digits; empty where it cannot be read.
+    fault : str
+        Why there is no image, in a sentence; empty where there is one.
+    size : tuple of int
+        Width and height of the upright image, in pixels.
+    pixels : str
+        A hash of the upright image's pixels, see `Picture.digest`.
+    is_blank : bool
+        Whether all its pixels are the same.
+    """
+
+    digest: str
+    fault: str = ""
+    size: tuple[int, int] = (0, 0)
+    pixels: str = ""
+    is_blank: bool = False
+
+
+def examine_images(paths: Sequence[Path], workers: int = 0) -> Generator[ImageFacts, None, None]:
+    """Read and decode image files whole, each once, and tell what they are.
+
+    Parameters
+    ----------
+    paths, workers
+        As for `read_images`.
+
+    Yields
+    ------
+    ImageFacts
+        In the order of the paths.
+    """
+    if workers == 0:
+        for path in paths:
+            yield _examine(path)
+        return
+    readers = _Readers(None, workers)
+    try:
+        for path, result in [(path, readers.read(path)) for path in paths]:
+            data = result.result()
+            if isinstance(data, InputError):  # the decoder crashed
+                digest = digest_of(path)
+                yield ImageFacts("" if digest is None else digest.hex(), str(data))
+            else:
+                digest, fault, size, pixels, is_blank = json.loads(data)
+                yield ImageFacts(digest, fault, tuple(size), pixels, is_blank)
+    finally:
+        readers.close()
+
+
+def _examine(path: str | Path, claim: Callable[[int], None] | None = None) -> ImageFacts:
+    """Tell what an image file is; what decoding takes is claimed when its header is read."""
+    data = digest = None
+    try:
+        if os.path.isfile(path):  # reading from a pipe would wait
+            with open(path, "rb") as file:
+                data = file.read()
+            digest = hashlib.sha256(data).hexdigest()
+    except (OSError, MemoryError):
+        pass  # `open_image` says why
+    try:
+        with open_image(path, data) as picture:
+            if claim is not None:
+                claim(picture.memory)
+            picture.load()
+            return ImageFacts(digest or "", "", picture.size, picture.digest(), picture.is_blank)
+    except InputError as error:
+        return ImageFacts(digest or "", str(error))
+
+
 def _read_here(path: Path, preprocessings: Sequence[Preprocessing]) -> tuple[Tensor, ...] | InputError:
     import torch
 
@@ -131,16 +208,17 @@ def _squares(
 
 
 class _Readers:
-    """Processes that read images, each with a thread here that talks to it.
+    """Processes that read images, or examine them where there are no squares to make, each with a thread here.
 
     The threads wait for pipes nearly all of their time. They end with the interpreter (they are daemons), and a process
     ends when its pipe does, so that neither outlives a program that forgot them.
     """
 
-    def __init__(self, preprocessings: Sequence[Preprocessing], workers: int) -> None:
+    def __init__(self, preprocessings: Sequence[Preprocessing] | None, workers: int) -> None:
+        fields = None if preprocessings is None else [dataclasses.asdict(each) for each in preprocessings]
         settings = {
             "path": sys.path,
-            "preprocessings": [dataclasses.asdict(preprocessing) for preprocessing in preprocessings],
+            "preprocessings": fields,
             "seconds": SECONDS,
         }
         self._command = [sys.executable, "-c", START, json.dumps(settings)]
@@ -154,7 +232,7 @@ class _Readers:
             thread.start()
 
     def read(self, path: Path) -> Future[bytearray | InputError]:
-        """Have an image read: its squares, one after the other, or why there are none."""
+        """Have an image read: its squares, one after the other, or its facts as JSON, or why there are none."""
         result: Future[bytearray | InputError] = Future()
         self._tasks.put((path, result))
         return result
@@ -274,13 +352,13 @@ def _receive(process: subprocess.Popen[bytes]) -> tuple[bytes, int]:
     return kind, number
 
 
-def serve(preprocessings: Sequence[dict[str, Any]], seconds: float) -> None:
+def serve(preprocessings: Sequence[dict[str, Any]] | None, seconds: float) -> None:
     """Read images for the process that started this one, until it ends.
 
     Parameters
     ----------
     preprocessings
-        Their fields.
+        Their fields; null examines the images.
     seconds
         The time after which this process gives up an image and itself.
     """
@@ -291,7 +369,7 @@ def serve(preprocessings: Sequence[dict[str, Any]], seconds: float) -> None:
         answers.writelines(data)
         answers.flush()
 
-    squares = [Preprocessing(**fields) for fields in preprocessings]
+    squares = [Preprocessing(**fields) for fields in preprocessings or ()]
     answer(STARTED)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # some decoders, libtiff for one, print what they think of a file
@@ -315,7 +393,10 @@ def serve(preprocessings: Sequence[dict[str, Any]], seconds: float) -> None:
         path = os.fsdecode(requests.read(*LENGTH.unpack(header)))
         arm()
         try:
-            kind, data = PIXELS, [square.data.cast("B") for square in _squares(path, squares, claim)]
+            if preprocessings is None:
+                kind, data = PIXELS, [memoryview(json.dumps(_examine(path, claim)).encode())]
+            else:
+                kind, data = PIXELS, [square.data.cast("B") for square in _squares(path, squares, claim)]
         except InputError as error:
             kind, data = REFUSED, [memoryview(str(error).encode())]
         # Only now, without the error, is the image's memory free, which the answer gives back to the others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import glob
+import hashlib
 import io
 import math
 import os
@@ -80,13 +81,15 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Picture]:
+def open_image(path: str | Path, data: bytes | None = None) -> Iterator[Picture]:
     """Open an image file for a `with` statement, in which whatever cannot be read of it raises an `InputError`.
 
     Parameters
     ----------
     path
         As for `read_image`. Only the file's header is read yet.
+    data
+        What is in the file, where it was read already.
     """
     name = in_one_line(path)
     with _named_faults(name):
@@ -96,7 +99,7 @@ def open_image(path: str | Path) -> Iterator[Picture]:
             raise InputError(f"{name} cannot be opened (a pipe, socket or device): give the path of an image file.")
         if stat.S_ISREG(status.st_mode) and status.st_size == 0:
             raise _empty(name)
-        with open(path, "rb") as file:
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
             yield _open_picture(file, name)
 
 
@@ -247,6 +250,22 @@ class Picture:
             narrow.paste(strip.resize((size, strip.height), Image.Resampling.BILINEAR, part), (0, first - start))
         box = (0, top - start, size, bottom - start)
         return np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR, box))
+
+    def digest(self) -> str:
+        """Return a hash of the pixels, the same for files of whatever format that show the same."""
+        (width, height), step = self.size, self._rows_at_once
+        found = hashlib.sha256(b"%d %d " % (width, height))
+        for first in range(0, height, step):
+            found.update(self.rows(first, min(first + step, height)).tobytes())
+        return found.hexdigest()
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether all pixels of the file are the same."""
+        try:
+            return self._image.getcolors(1) is not None  # ends at the second colour
+        except ValueError:  # of a rare mode, whose colours are not counted
+            return False
 
     @property
     def _rows_at_once(self) -> int:
