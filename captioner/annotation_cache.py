@@ -38,6 +38,11 @@ class AnnotationCache:
     folder : Path
         Where :meth:`open` put them.
 
+    Attributes
+    ----------
+    missing : tuple of int
+        The rows without annotations, in order, since their images could not be read.
+
     Raises
     ------
     InputError
@@ -52,6 +57,7 @@ class AnnotationCache:
         self.folder = folder
         self.fingerprint = index.fingerprint
         self._grid = index.grid
+        self.missing = index.missing
         self._values = directory.values()
         self._counts = torch.tensor(directory.counts(index)).long() if index.ragged else None
         self._kept: Tensor | None = None
@@ -123,6 +129,7 @@ class AnnotationCache:
         compute: Callable[[int], Iterable[Annotations]],
         *,
         say_waiting: bool = True,
+        missing: Callable[[], Iterable[int]] = tuple,
     ) -> AnnotationCache:
         """Open a cache, and fill it first where it is not there or not complete.
 
@@ -139,6 +146,8 @@ class AnnotationCache:
             a ragged cache all are filled up to the same number of regions, and those that exist come first.
         say_waiting : bool
             Print a line before waiting for another process.
+        missing : callable
+            Gives the images that could not be read so far, whose rows are marked as missing.
 
         Raises
         ------
@@ -150,7 +159,7 @@ class AnnotationCache:
         if not _is_complete(folder, wanted):
             with folder.locked(say_waiting=say_waiting):
                 if not _is_complete(folder, wanted):  # or another process has filled it meanwhile
-                    _fill(folder, wanted, compute)
+                    _fill(folder, wanted, compute, missing)
         return cls(folder.path)
 
 
@@ -162,7 +171,12 @@ def _is_complete(folder: CacheFolder, wanted: Index) -> bool:
     return index is not None and index.complete
 
 
-def _fill(folder: CacheFolder, wanted: Index, compute: Callable[[int], Iterable[Annotations]]) -> None:
+def _fill(
+    folder: CacheFolder,
+    wanted: Index,
+    compute: Callable[[int], Iterable[Annotations]],
+    missing: Callable[[], Iterable[int]],
+) -> None:
     index = _begun(folder, wanted)
     batches = iter(compute(index.done))
     if index.regions:
@@ -171,7 +185,7 @@ def _fill(folder: CacheFolder, wanted: Index, compute: Callable[[int], Iterable[
         index = _begin(folder, wanted, first)
         batches = chain([first], batches)
     with _progress(index) as show:
-        index = _write(folder, index, batches, show)
+        index = _write(folder, index, batches, show, missing)
     if not index.complete:
         raise RuntimeError(f"The encoder gave the annotations of {index.done} images, not of {index.images}.")
 
@@ -206,7 +220,13 @@ def _begin(folder: CacheFolder, wanted: Index, first: Annotations) -> Index:
     return index
 
 
-def _write(folder: CacheFolder, index: Index, batches: Iterable[Annotations], show: Callable[[int], None]) -> Index:
+def _write(
+    folder: CacheFolder,
+    index: Index,
+    batches: Iterable[Annotations],
+    show: Callable[[int], None],
+    missing: Callable[[], Iterable[int]],
+) -> Index:
     """Write batch after batch, and return the index with them."""
     at, unrecorded = time.monotonic(), False
     try:
@@ -220,6 +240,8 @@ def _write(folder: CacheFolder, index: Index, batches: Iterable[Annotations], sh
             counts = batch.existing().sum(1).cpu().numpy().astype(np.int32) if index.ragged else None
             with _writing(folder, index):
                 index, unrecorded = folder.write(index, values, counts), True
+                lacking = {*index.missing, *(row for row in missing() if row < index.done)}  # of more is read ahead
+                index = replace(index, missing=tuple(sorted(lacking)))
                 if index.complete or time.monotonic() - at >= RECORD_SECONDS:
                     unrecorded = False  # even if it fails: asked again, the disk may forget that it lost something
                     folder.record(index)

@@ -62,6 +62,8 @@ class Index:
         When, as YYYY-MM-DD HH:MM.
     ragged : bool
         Whether images differ in their number of regions, of which N is then the largest.
+    missing : tuple of int
+        The rows of images that could not be read, in order: what stands in them is nothing.
     """
 
     fingerprint: str
@@ -76,6 +78,7 @@ class Index:
     grid: tuple[int, int] | None = None
     made: str = ""
     ragged: bool = False
+    missing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = (self.images, self.done, self.regions, self.size)
@@ -88,6 +91,10 @@ class Index:
             raise ValueError("These texts are no index's.")
         if type(self.ragged) is not bool:
             raise ValueError("This is no index's.")
+        missing = tuple(self.missing)  # JSON hands over a list
+        if not all(type(row) is int and 0 <= row < self.done for row in missing):
+            raise ValueError("These rows are no index's.")
+        object.__setattr__(self, "missing", missing)
         if self.grid is not None:
             height, width = self.grid  # JSON hands over a list
             if not all(type(side) is int and side > 0 for side in (height, width)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from captioner.annotation_cache import AnnotationCache
 from captioner.annotation_files import CaptionedImage, CaptionFiles
 from captioner.attention import Annotations
-from captioner.errors import InputError
+from captioner.cache_folder import say
+from captioner.errors import InputError, in_one_line
 from captioner.images import Preprocessing, random_box, read_image
 from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
@@ -39,12 +40,15 @@ class Batch(NamedTuple):
         From a cache, or from files of regions.
     tokens : Tensor or None
         (B, Q, T + 1) ids of their captions from ``<bos>`` on, padded; None where captions are to be found.
+    damaged : dict
+        The images that were found damaged and left out: why, by their place among all.
     """
 
     image_ids: list[str | int]
     images: Tensor | None
     annotations: Annotations | None
     tokens: Tensor | None
+    damaged: dict[int, str] = {}  # never changed
 
 
 class CaptionedImages(Dataset[Batch]):
@@ -74,6 +78,14 @@ class CaptionedImages(Dataset[Batch]):
         preprocessing does.
     region_dim : int, optional
         D, where the records' files hold regions and not images.
+    leave_out_damaged : bool
+        Leave an image that cannot be read out of its batch, which is otherwise an error. A batch of which nothing is
+        left has another image.
+
+    Attributes
+    ----------
+    damaged : dict
+        The images that are known to be damaged: why, by their place among the records.
     """
 
     def __init__(
@@ -89,11 +101,13 @@ class CaptionedImages(Dataset[Batch]):
         mirrored_cache: AnnotationCache | None = None,
         crop: float = 1.0,
         region_dim: int | None = None,
+        leave_out_damaged: bool = False,
     ) -> None:
         self.records, self.preprocessing, self.captions = records, preprocessing, captions
         self.captions_per_image, self.cache, self.crop = captions_per_image, cache, crop
         self.mirrored_captions, self.mirrored_cache = mirrored_captions, mirrored_cache
-        self.region_dim = region_dim
+        self.region_dim, self.leave_out_damaged = region_dim, leave_out_damaged
+        self.damaged = {row: "" for each in (cache, mirrored_cache) if each is not None for row in each.missing}
         self.kept = self._read_all() if keep_in_memory and cache is None else None
 
     def __len__(self) -> int:
@@ -108,6 +122,9 @@ class CaptionedImages(Dataset[Batch]):
         """Return a batch, which torch's loader asks for as a whole."""
         mirrored = None if self.mirrored_captions is None else torch.rand(len(indices)) < 0.5
         images = annotations = None
+        known = len(self.damaged)  # which only grows, by what is found here
+        if known:
+            indices = self._left(indices)
         if self.cache is not None:
             annotations = self._rows(self.cache, indices, mirrored)
         elif self.region_dim is not None:
@@ -115,11 +132,44 @@ class CaptionedImages(Dataset[Batch]):
         elif self.kept is not None:
             images = self.kept[indices]
         else:
-            images = torch.stack([self.pixels(*place) for place in zip(indices, self._seeds(indices), strict=True)])
+            indices, images = self._read(indices)
+        mirrored = None if mirrored is None else mirrored[: len(indices)]  # which decides for whatever is left
         if images is not None and mirrored is not None:
             images[mirrored] = images[mirrored].flip(-1)
         tokens = self._tokens(indices, mirrored)
-        return Batch([self.records[index].image_id for index in indices], images, annotations, tokens)
+        damaged = dict(list(self.damaged.items())[known:])
+        return Batch([self.records[index].image_id for index in indices], images, annotations, tokens, damaged)
+
+    def _left(self, indices: list[int]) -> list[int]:
+        """Return those of some images that are not known to be damaged, or else any other one."""
+        left = [index for index in indices if index not in self.damaged]
+        if not left:
+            others = [index for index in range(len(self)) if index not in self.damaged]
+            if not others:
+                raise InputError("None of the images can be read: `captioner check` says why.")
+            left = [others[int(torch.randint(len(others), ()))]]
+        return left
+
+    def _read(self, indices: list[int]) -> tuple[list[int], Tensor]:
+        """Return which of some images can be read, and their pixels."""
+        read: dict[int, Tensor] = {}
+        while not read:
+            for index, seed in zip(indices, self._seeds(indices), strict=True):
+                if (pixels := self.pixels_if_readable(index, seed)) is not None:
+                    read[index] = pixels
+            if not read:
+                indices = self._left(indices)
+        return list(read), torch.stack(list(read.values()))
+
+    def pixels_if_readable(self, index: int, seed: int | None = None) -> Tensor | None:
+        """Return an image as `pixels` does, or note why there is none, if such are left out."""
+        try:
+            return self.pixels(index, seed)
+        except InputError as error:
+            if not self.leave_out_damaged:
+                raise
+            self.damaged[index] = str(error)
+            return None
 
     def _rows(self, cache: AnnotationCache, indices: list[int], mirrored: Tensor | None) -> Annotations:
         if mirrored is None:
@@ -160,25 +210,51 @@ class CaptionedImages(Dataset[Batch]):
         size = self.preprocessing.size
         kept = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
-            for index, pixels in enumerate(pool.map(self.pixels, range(len(self)))):
-                kept[index] = pixels
+            for index, pixels in enumerate(pool.map(self.pixels_if_readable, range(len(self)))):
+                if pixels is not None:
+                    kept[index] = pixels
         return kept
 
 
 def read_ahead(dataset: CaptionedImages, batch_size: int) -> Iterator[Tensor]:
-    """Give the pixels of all images in batches (B, 3, S, S) uint8, of which threads read two in advance."""
+    """Give the pixels of all images in batches (B, 3, S, S) uint8, of which threads read two in advance.
+
+    Those of images that are left out, see `CaptionedImages.damaged`, are zeros.
+    """
     pool = ThreadPoolExecutor()  # pillow decodes outside the interpreter's lock
-    ahead: deque[list[Future[Tensor]]] = deque()
+    ahead: deque[list[Future[Tensor | None]]] = deque()
+    size = dataset.preprocessing.size
+
+    def stacked(batch: list[Future[Tensor | None]]) -> Tensor:
+        read = [pixels.result() for pixels in batch]
+        return torch.stack([torch.zeros(3, size, size, dtype=torch.uint8) if one is None else one for one in read])
+
     try:
         for first in range(0, len(dataset), batch_size):
             last = min(first + batch_size, len(dataset))
-            ahead.append([pool.submit(dataset.pixels, index) for index in range(first, last)])
+            ahead.append([pool.submit(dataset.pixels_if_readable, index) for index in range(first, last)])
             if len(ahead) > 2:
-                yield torch.stack([pixels.result() for pixels in ahead.popleft()])
+                yield stacked(ahead.popleft())
         while ahead:
-            yield torch.stack([pixels.result() for pixels in ahead.popleft()])
+            yield stacked(ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read_by_workers(dataset: CaptionedImages, batch_size: int, workers: int) -> Iterator[Tensor]:
+    """Give the pixels of all images as `read_ahead` does, read by processes."""
+    first, size = 0, dataset.preprocessing.size
+    for batch in batches(dataset, batch_size, workers):
+        assert batch.images is not None
+        images = batch.images
+        if batch.damaged:
+            dataset.damaged |= batch.damaged
+            rows = range(first, min(first + batch_size, len(dataset)))
+            images = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8)
+            if there := [place for place, row in enumerate(rows) if row not in batch.damaged]:
+                images[there] = batch.images
+        yield images
+        first += len(images)
 
 
 def batches(dataset: CaptionedImages, batch_size: int, workers: int = 0, *, shuffle: bool = False) -> DataLoader[Batch]:
@@ -234,6 +310,10 @@ class CaptionData(LightningDataModule):
         Smallest share of its area that a random part of a training image keeps, drawn anew each time, with proportions
         from 3:4 to 4:3 of which the preprocessing makes a square; for an encoder that learns. 1 means none.
 
+    max_damaged : float
+        Share of the training images that may be damaged: each such image is named and left out, and more stop the run.
+        One in another split stops it in any case, since scores over fewer images do not compare.
+
     Raises
     ------
     InputError
@@ -256,6 +336,7 @@ class CaptionData(LightningDataModule):
         flip: bool = False,
         crop: float = 1.0,
         regions: Path | None = None,
+        max_damaged: float = 0.01,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
@@ -265,6 +346,11 @@ class CaptionData(LightningDataModule):
         if not 0 < crop <= 1:
             raise InputError(
                 f"data.crop is {crop}: give the smallest share of an image to keep, above 0 and at most 1."
+            )
+        if not 0 <= max_damaged <= 1:
+            raise InputError(
+                f"data.max_damaged is {max_damaged}: give the share of the training images that may be left out, from "
+                "0 to 1."
             )
         if crop < 1 and (cache is not None or keep_in_memory):
             raise InputError(
@@ -281,6 +367,8 @@ class CaptionData(LightningDataModule):
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
         self.max_words, self.num_workers, self.cache = max_words, num_workers, cache
         self.keep_in_memory, self.flip, self.crop = keep_in_memory, flip, crop
+        self.max_damaged = max_damaged
+        self.damaged: dict[int, str] = {}  # of the training images those left out, by their place, and why
         self.preprocessing: Preprocessing | None = None
         self.region_dim: int | None = None  # told by the task, as the preprocessing is
         self.vocabulary: Vocabulary | None = None
@@ -337,14 +425,72 @@ class CaptionData(LightningDataModule):
             Number of images left out at the beginning.
         mirrored : bool
             Give each image mirrored.
+
+        Raises
+        ------
+        InputError
+            Where an image cannot be read, or of the training images more than `max_damaged`; those fewer are zeros.
         """
         assert self.preprocessing is not None, UNTOLD
-        dataset = CaptionedImages(self.records[name][first:], self.preprocessing)
-        read: Iterator[Tensor] = read_ahead(dataset, self.batch_size)
+        dataset = CaptionedImages(
+            self.records[name][first:], self.preprocessing, leave_out_damaged=self._leaves_out(name)
+        )
+        read = read_ahead(dataset, self.batch_size)
         if self.num_workers:
-            read = (batch.images for batch in batches(dataset, self.batch_size, self.num_workers))
+            read = read_by_workers(dataset, self.batch_size, self.num_workers)
         for images in read:
+            if dataset.damaged:
+                self.leave_out({first + row: fault for row, fault in dict(dataset.damaged).items()})
             yield images.flip(-1) if mirrored else images
+
+    def _leaves_out(self, name: str) -> bool:
+        return name == "train" and self.max_damaged > 0
+
+    def leave_out(self, damaged: Mapping[int, str]) -> None:
+        """Name training images that are left out, and stop where they are too many.
+
+        Parameters
+        ----------
+        damaged : mapping from int to str
+            Why, by their place; empty for a row that a cache lacks.
+
+        Raises
+        ------
+        InputError
+            Where they and those before are more than `max_damaged` of the training images.
+        """
+        records = self.records["train"]
+        for row, fault in damaged.items():
+            if row not in self.damaged:
+                self.damaged[row] = fault or f"{in_one_line(records[row].path)} cannot be read."
+                say(f"Left out, {len(self.damaged):,} of {len(records):,} training images so far: {self.damaged[row]}")
+        if len(self.damaged) > self.max_damaged * len(records):
+            named = "; ".join(self.damaged[row].rstrip(".") for row in sorted(self.damaged))
+            raise InputError(
+                f"{len(self.damaged):,} of {len(records):,} training images cannot be read, a larger share than "
+                f"data.max_damaged {self.max_damaged:g} allows: {named}."
+            )
+
+    def keep_cache(self, name: str, cache: AnnotationCache) -> AnnotationCache:
+        """Return a cache of "train" or "val", whose missing rows are named; in "val" there may be none.
+
+        Raises
+        ------
+        InputError
+            Where there are too many.
+        """
+        if cache.missing and not self._leaves_out(name):
+            path = in_one_line(self.records[name][cache.missing[0]].path)
+            raise InputError(f"{path} cannot be read, and all images of this split are needed: replace the file.")
+        if cache.missing:
+            self.leave_out(dict.fromkeys(cache.missing, ""))
+        return cache
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Name the images that were left out of a batch."""
+        if batch.damaged:
+            self.leave_out(batch.damaged)
+        return batch
 
     def region_batches(self, name: str, first: int = 0) -> Iterator[Annotations]:
         """Give the regions of the images of "train", "val" or "test" in order, all filled up to the same number.
@@ -396,7 +542,10 @@ class CaptionData(LightningDataModule):
             mirrored_cache=mirrored_cache,
             crop=self.crop if name == "train" else 1.0,
             region_dim=None if self.regions is None else self.region_dim,
+            leave_out_damaged=self._leaves_out(name),
         )
+        if found := self._datasets[name].damaged:
+            self.leave_out(found)
         return self._datasets[name]
 
     def _encode(self, captions: list[list[list[str]]]) -> list[list[list[int]]]:

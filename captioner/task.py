@@ -314,7 +314,14 @@ class CaptioningTask(LightningModule):
             if data.regions is not None:
                 compute = partial(data.region_batches, name)
             # Of the processes of a run any one fills it; that another one waits need be said once.
-            return AnnotationCache.open(directory, wanted, compute, say_waiting=self.trainer.is_global_zero)
+            cache = AnnotationCache.open(
+                directory,
+                wanted,
+                compute,
+                say_waiting=self.trainer.is_global_zero,
+                missing=lambda: list(data.damaged) if name == "train" else (),
+            )
+            return data.keep_cache(name, cache)
 
         data.caches = {name: opened(name, mirrored=False) for name in ("train", "val")}
         if data.flip:

@@ -81,6 +81,31 @@ def test_rows_are_what_was_computed_and_computed_once(tmp_path):
     assert again.rows([4]).values.any() and files_in(tmp_path) == {"values.npy", "index.json"}
 
 
+def test_rows_of_damaged_images_are_marked_where_a_run_goes_on_too(tmp_path):
+    known = []  # of images that are read ahead
+
+    def compute(first):
+        for start in range(first, 5, 2):
+            known.extend({0: [1, 2]}.get(start, []))
+            if start == 2 and first == 0:
+                raise KeyboardInterrupt
+            yield Annotations(VALUES[start : start + 2], None, (2, 2))
+
+    with pytest.raises(KeyboardInterrupt):
+        AnnotationCache.open(tmp_path, WANTED, compute, missing=lambda: known)
+    folder = CacheFolder(tmp_path / ("a" * 16))
+    assert folder.read().missing == (1,) and folder.read().done == 2
+    known = [2]
+    cache = AnnotationCache.open(tmp_path, WANTED, compute, missing=lambda: known)
+    assert cache.missing == AnnotationCache(cache.folder).missing == cache.to(torch.device("cpu")).missing == (1, 2)
+
+
+def test_rows_that_are_not_there_cannot_be_missing():
+    for rows in ((5,), (-1,), ("1",)):
+        with pytest.raises(ValueError, match="no index"):
+            replace(WANTED, done=5, regions=4, size=3, missing=rows)
+
+
 def test_regions_without_a_grid(tmp_path):
     assert AnnotationCache.open(tmp_path, WANTED, Compute(grid=None)).rows([0]).grid is None
 
@@ -608,6 +633,21 @@ def test_the_same_weights_from_another_file_are_found_and_listed_by_name(fit, tm
         seen.append(Counting.seen)
     assert seen == [1 + 22 + 9, 1]
     assert all("weights a.pt" in CacheFolder(path).read().encoder for path in tmp_path.iterdir())
+
+
+def test_a_damaged_training_image_is_left_out_and_a_second_run_knows(fit, scenes, tmp_path, capsys):
+    root = shutil.copytree(scenes, tmp_path / "scenes")
+    (root / "train" / "000003.png").write_bytes(b"")
+    flags = ["--data.files.init_args.root", str(root), "--data.cache", str(tmp_path / "cache"), *FOREIGN]
+    with pytest.raises(InputError, match="1 of 22 training images .*000003.png is empty"):
+        fit(*flags)
+    for told in ("000003.png is empty", "000003.png cannot be read"):
+        cli = fit(*flags, "--data.max_damaged", "0.1")
+        assert told in capsys.readouterr().out and list(cli.datamodule.damaged) == [2]
+        assert cli.datamodule.caches["train"].missing == (2,)
+    (root / "val" / "000003.png").write_bytes(b"")
+    with pytest.raises(InputError, match="000003.png is empty"):
+        fit(*flags, "--data.max_damaged", "0.5")
 
 
 def test_the_cache_holds_what_the_encoder_gives(fit, tmp_path):

@@ -323,6 +323,103 @@ def test_an_image_that_cannot_be_read_in_advance_is_named(workers, files):
         list(ready(files, num_workers=workers).images("train"))
 
 
+# Damaged images
+
+
+def break_images(files, *numbers):
+    for number in numbers:
+        files.images[number].path.write_text("no image")
+
+
+def trained_on(data):
+    """The images of an epoch, as Lightning hands the batches on."""
+    found = []
+    for batch in data.train_dataloader():
+        batch = data.on_before_batch_transfer(batch, 0)
+        assert len(batch.image_ids) == len(batch.images) == len(batch.tokens)
+        for image_id, pixels in zip(batch.image_ids, batch.images, strict=True):
+            assert pixels[0, 0, 0] == int(image_id.split()[1])
+            found.append(image_id)
+    return found
+
+
+OTHERS = [f"image {number}" for number in (0, 1, 2, 3, 5, 6)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 1}, {"keep_in_memory": True}, {"flip": True}])
+def test_a_damaged_training_image_is_named_counted_and_left_out(settings, files, capsys):
+    break_images(files, 4)
+    data = ready(files, max_damaged=0.2, **settings)
+    # As sets: where the damaged one makes up the last batch, another image comes twice.
+    assert set(trained_on(data)) == set(trained_on(data)) == set(OTHERS) and list(data.damaged) == [4]
+    said = capsys.readouterr().out
+    assert said.count("Left out, 1 of 7 training images so far") == 1 and "4.png is not an image" in said
+
+
+def test_a_batch_of_which_nothing_is_left_has_another_image(files):
+    break_images(files, 1, 4)
+    dataset = ready(files, max_damaged=0.5).train_dataloader().dataset
+    for _ in range(3):
+        batch = dataset.__getitems__([4, 1])
+        assert len(batch.image_ids) == 1 and batch.image_ids[0] not in ("image 1", "image 4")
+    break_images(files, *range(7))
+    with pytest.raises(InputError, match="None of the images can be read"):
+        dataset.__getitems__(list(range(7)))
+
+
+def test_more_damaged_images_than_are_allowed_stop_with_their_list(files):
+    break_images(files, 2, 4)
+    with pytest.raises(InputError, match=r"2 of 7 training images .* data.max_damaged 0.2 allows: .*2.png .*4.png"):
+        trained_on(ready(files, max_damaged=0.2))
+    assert len(set(trained_on(ready(files, max_damaged=0.3)))) == 5
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_scores_are_never_over_fewer_images(name, files):
+    break_images(files, 4)
+    data = ready(files, "fit" if name == "val" else "test", max_damaged=1.0)
+    with pytest.raises(InputError, match="4.png is not an image"):
+        list(getattr(data, f"{name}_dataloader")())
+    with pytest.raises(InputError, match="4.png is not an image"):
+        list(data.images(name))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("numbers", [(4,), (3, 4, 5), (6,)])
+def test_damaged_images_keep_their_place_where_a_cache_is_filled(workers, numbers, files):
+    whole = torch.cat(list(ready(files).images("train")))
+    break_images(files, *numbers)
+    data = ready(files, num_workers=workers, max_damaged=0.5)
+    whole[list(numbers)] = 0
+    assert torch.equal(torch.cat(list(data.images("train"))), whole) and sorted(data.damaged) == list(numbers)
+    data = ready(files, num_workers=workers, max_damaged=0.5)
+    assert torch.equal(torch.cat(list(data.images("train", 2))), whole[2:]) and sorted(data.damaged) == list(numbers)
+
+
+def test_rows_that_a_cache_lacks_are_left_out(files, tmp_path, capsys):
+    values = torch.arange(7.0)[:, None, None].expand(7, 4, 3)
+    wanted = Index("a" * 64, 7, "", "", "")
+    cache = AnnotationCache.open(tmp_path, wanted, lambda first: [Annotations(values)], missing=lambda: [4])
+    data = ready(files, max_damaged=0.2)
+    data.caches = {"train": data.keep_cache("train", cache)}
+    found = {
+        image_id: row[0, 0].item()
+        for batch in data.train_dataloader()
+        for image_id, row in zip(batch.image_ids, batch.annotations.values, strict=True)
+    }
+    assert found == {image_id: float(image_id.split()[1]) for image_id in OTHERS}
+    assert "4.png cannot be read" in capsys.readouterr().out
+    with pytest.raises(InputError, match="4.png cannot be read, and all images"):
+        data.keep_cache("val", cache)
+    with pytest.raises(InputError, match="1 of 7 training images"):
+        ready(files, max_damaged=0.1).keep_cache("train", cache)
+
+
+def test_a_share_that_cannot_be_is_said(files):
+    with pytest.raises(InputError, match="data.max_damaged is 2: "):
+        ready(files, max_damaged=2)
+
+
 # On a GPU
 
 

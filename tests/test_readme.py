@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from captioner import app_command, caption_command, demo, overlay_command, study_runs
+from captioner import app_command, caption_command, check_command, demo, overlay_command, study_runs
 from captioner.cli import main
 from captioner.training import settings
 
@@ -25,6 +25,7 @@ APPS = [line for block in BLOCKS for line in block.splitlines() if "captioner ap
 DEMOS = [
     line.partition("captioner demo")[2] for block in BLOCKS for line in block.splitlines() if "captioner demo" in line
 ]
+CHECKS = [line for block in BLOCKS for line in block.splitlines() if "captioner check" in line]
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [path for path in FILES if path.name != "study.yaml"]  # which is laid over one, see test_study.py
@@ -121,6 +122,13 @@ def test_the_first_picture_is_made_by_a_command():
     assert (ROOT / picture).stat().st_size < 200_000
 
 
+@pytest.mark.parametrize("command", CHECKS)
+def test_each_check_command_is_understood(command, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(check_command, "run", lambda options: parsed.append(options) or 0)
+    assert main(shlex.split(command)[1:]) == 0 and len(parsed) == 1
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 def test_each_flag_is_understood(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -129,4 +137,4 @@ def test_each_flag_is_understood(flags, capsys, monkeypatch):
 
 def test_there_are_commands_and_flags_to_test():
     assert len(COMMANDS) >= 2 and len(FLAGS) >= 5 and STUDIES and len(CAPTIONS) >= 4
-    assert len(OVERLAYS) >= 3 and len(DEMOS) >= 2 and APPS
+    assert len(OVERLAYS) >= 3 and len(DEMOS) >= 2 and APPS and len(CHECKS) >= 5
