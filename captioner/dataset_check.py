@@ -27,7 +27,6 @@ REMARKS = (
     "no split",
     "image without captions",
     "captions without image",
-    "uncaptioned image",
     "doubled image",
     "blank image",
     "small image",
