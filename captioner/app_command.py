@@ -64,16 +64,12 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
     with listen(options.port) as listening:
         model = open_model()
 
-        import uvicorn
+        from captioner.app import make_server
 
-        from captioner.app import make_app
-
-        settings = uvicorn.Config(
-            make_app(model), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off"
-        )
+        server = make_server(model)
         print(f"The app is at http://{HOST}:{listening.getsockname()[1]} on this machine; Ctrl-C ends it.", flush=True)
         with saying_of_fonts():
-            uvicorn.Server(settings).run(sockets=[listening])  # which raises KeyboardInterrupt at its end
+            server.run(sockets=[listening])  # which raises KeyboardInterrupt at its end
     return 0
 
 

@@ -44,7 +44,7 @@ def encoded(image, form="png", **more):
 @contextmanager
 def serving():
     with app_command.listen(0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app.make_app(MODEL), log_level="warning", ws="none", lifespan="off"))
+        server = app.make_server(MODEL)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield listening.getsockname()[1]

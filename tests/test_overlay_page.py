@@ -207,12 +207,8 @@ def visit(browser, tmp_path):
 
 def pixels(tab, image=0):
     """What is drawn over an image: (height, width, 4)."""
-    width, height, values = tab.evaluate(
-        "image => { const canvas = document.querySelectorAll('canvas')[image]; const { width, height } = canvas;"
-        "return [width, height, [...canvas.getContext('2d').getImageData(0, 0, width, height).data]] }",
-        image,
-    )
-    return np.array(values, dtype=np.uint8).reshape(height, width, 4)
+    url = tab.evaluate("image => document.querySelectorAll('canvas')[image].toDataURL()", image)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGBA"))
 
 
 def lit(tab):
