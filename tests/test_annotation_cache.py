@@ -659,6 +659,7 @@ def test_the_cache_holds_what_the_encoder_gives(fit, tmp_path):
         assert np.allclose(cached.values, whole, atol=2e-3) and cached.grid == (4, 4)
 
 
+@pytest.mark.slow
 def test_the_cache_of_the_mirrored_images_is_one_more_and_training_takes_from_both(fit, tmp_path):
     flags = (*FOREIGN, "--data.cache", str(tmp_path), "--data.flip", "true", "--trainer.max_epochs", "2")
     Counting.seen = 0
@@ -679,6 +680,7 @@ def test_the_cache_of_the_mirrored_images_is_one_more_and_training_takes_from_bo
     assert upright.datamodule.mirrored_cache is None and len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_on_a_device_with_room_training_takes_from_its_memory(fit, tmp_path, monkeypatch):
     flags = (*FOREIGN, "--data.cache", str(tmp_path), "--data.flip", "true", "--trainer.max_epochs", "2")
     mapped = fit(*flags)

@@ -72,6 +72,7 @@ def test_the_demo_runs_to_its_end_on_few_scenes(tmp_path, monkeypatch, capsys):
     assert Path(checkpoint).is_file()
 
 
+@pytest.mark.slow
 def test_another_decoder_is_laid_over_the_recipe_and_without_attention_points_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SIZES", {"train": 40, "val": 6, "seen": 5, "unseen": 5})
     brief, blind = tmp_path / "brief.yaml", tmp_path / "blind.yaml"

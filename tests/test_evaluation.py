@@ -197,6 +197,7 @@ def test_two_systems(tmp_path, results, capsys):
     assert code == 2 and "3 files of results are too many" in err
 
 
+@pytest.mark.slow
 def test_systems_that_are_as_good_are_rarely_told_apart(tmp_path, results):
     random = Random(3)
     words = [f"word{number}" for number in range(6)]
@@ -426,6 +427,7 @@ def test_any_captions_have_scores_in_range_whatever_their_order(images, random):
         assert shuffled[metric].per_image == pytest.approx(score.per_image[place], abs=1e-9)
 
 
+@pytest.mark.slow
 @deterministic
 @given(st.lists(texts, min_size=2, max_size=8), st.sampled_from(["json", "jsonl", "csv"]))
 def test_a_caption_never_reaches_another_image(tmp_path_factory, captions, form):

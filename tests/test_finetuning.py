@@ -121,6 +121,7 @@ def test_computing_again_trains_the_same_weights(fit, first):
 # Learning rates
 
 
+@pytest.mark.slow
 def test_the_encoders_learning_rate_rises_and_falls_with_the_other(fit, first):
     rates = ("--model.learning_rate", "1e-2", "--model.encoder_learning_rate", "1e-4", "--model.warmup", "0.25")
     epochs = ("--trainer.max_epochs", "4", "--trainer.check_val_every_n_epoch", "4")

@@ -64,6 +64,7 @@ def test_it_says_how_to_caption_and_what_the_limits_are(card):
     assert "--encoder" not in card and "## Limits\n" in card and "annotators guessed" in card
 
 
+@pytest.mark.slow
 def test_a_foreign_encoders_class_and_where_training_began_are_said(fit):
     cli = fit(*FOREIGN, "--data.flip", "true")
     best = Path(cli.trainer.checkpoint_callback.best_model_path)
@@ -76,6 +77,7 @@ def test_a_foreign_encoders_class_and_where_training_began_are_said(fit):
     assert rows(card)["initial weights"] == ["best.ckpt"] and str(best.parent) not in card
 
 
+@pytest.mark.slow
 def test_it_is_written_anew_with_each_best_checkpoint_and_only_then(fit, monkeypatch):
     written = []
 

@@ -79,6 +79,7 @@ def test_a_folder_becomes_a_page(overlay, photos, tmp_path):
     assert sorted(tmp_path.iterdir()) == [page, photos]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "beginning"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF"), ("webp", b"RIFF")]
 )

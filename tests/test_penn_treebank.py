@@ -198,6 +198,7 @@ def test_short_cut_for_plain_words_changes_nothing(text):
     assert ptb_tokenize(text) == by_all_rules(text)
 
 
+@pytest.mark.slow
 @settings(fixed, max_examples=1000)
 @given(ENGLISH)
 def test_short_cut_for_plain_words_changes_nothing_in_english(text):

@@ -90,6 +90,7 @@ def test_it_learns_and_the_test_scores_what_caption_gives(dataset, best, model):
     assert right >= 5  # of 6; without the regions a quarter of them
 
 
+@pytest.mark.slow
 def test_with_a_cache_it_learns_the_same(dataset, run, tmp_path):
     flags = ["fit", "--config", str(dataset / "tiny.yaml"), "--data.cache", str(tmp_path / "cache")]
     flags += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path)]

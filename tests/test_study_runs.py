@@ -272,6 +272,7 @@ def test_every_row_of_ours_builds_its_captioner():
 # Training
 
 
+@pytest.mark.slow
 def test_a_study_runs_to_its_end_and_a_second_call_repeats_nothing(recipe, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     command = [
@@ -363,6 +364,7 @@ def trained(monkeypatch):
     return then
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_of_the_best_checkpoint(one, trained):
     run, records = one
     (run.folder / "logs" / "of an interrupted run").mkdir(parents=True)
@@ -386,6 +388,7 @@ def with_flags(run, *flags):
     return replace(run, flags=(*run.flags, *flags), settings=given_by((*run.flags, *flags)))
 
 
+@pytest.mark.slow
 def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, trained, tmp_path):
     run, records = one
     cached = (*FOREIGN, f"--data.cache={tmp_path / 'cache'}")
@@ -395,6 +398,7 @@ def test_the_cnn_sees_no_image_again_where_there_is_a_cache(one, trained, tmp_pa
     assert Counting.seen == 0 and len(result.captions) == len(records) and result.annotation_dim == 12
 
 
+@pytest.mark.slow
 def test_a_study_needs_validation(one):
     run, _ = one
     with pytest.raises(InputError, match="there was no validation"):

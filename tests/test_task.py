@@ -212,6 +212,7 @@ def test_both_precisions_run(precision, fit):
     assert weights.dtype == torch.float32 and weights.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_learning_rate_rises_and_falls_over_all_steps(fit):
     cli = fit("--trainer.max_epochs", "4", "--model.warmup", "0.25")
     rates = [float(line["lr-AdamW/pg1"]) for line in rows(cli) if line["lr-AdamW/pg1"]]
@@ -293,6 +294,7 @@ def test_the_losses_on_cached_annotations_are_those_on_images(losses, losses_of,
     assert losses_of("--data.cache", str(tmp_path)) == pytest.approx(losses, rel=1e-3)  # kept in float16
 
 
+@pytest.mark.slow
 def test_the_losses_in_bfloat16_are_close_to_those_in_float32(losses, losses_of):
     rounded = losses_of("--trainer.precision", "bf16-mixed")
     assert rounded == pytest.approx(losses, rel=1e-2) and rounded != losses

@@ -79,6 +79,7 @@ def test_the_configuration_is_kept_beside_the_checkpoints_and_nowhere_else(run, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(fit):
     one, same, other = (fit("--seed_everything", seed).model.captioner.state_dict() for seed in ("3", "3", "4"))
     assert all(torch.equal(value, same[name]) for name, value in one.items())

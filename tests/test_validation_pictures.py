@@ -130,6 +130,7 @@ def test_they_are_spread_over_the_split(items, count, chosen):
     assert spread(range(items), count) == chosen
 
 
+@pytest.mark.slow
 def test_of_a_validation_of_some_images_they_are_from_these_and_the_check_before_training_is_not_shown(fit):
     # One of three batches. As "1" it would be a number of batches or the share 1.0, whichever typing saw first.
     some = ("--trainer.limit_val_batches", "0.34", "--data.batch_size", "4")
@@ -140,6 +141,7 @@ def test_of_a_validation_of_some_images_they_are_from_these_and_the_check_before
 # Whatever the run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "cached"), [("bf16-mixed", False), ("bf16-true", True)])
 def test_any_precision(precision, cached, fit, drawn, tmp_path):
     fit(*ONE, "--trainer.precision", precision, *([*FOREIGN, "--data.cache", str(tmp_path)] if cached else []))
@@ -202,6 +204,7 @@ def test_a_model_that_says_nothing_yet_is_shown(fit, drawn):
     assert [caption.text for _, caption, *_ in drawn] == [""] and len(pictures(cli)) == 1
 
 
+@pytest.mark.slow
 def test_an_image_that_has_gone_is_said_once_and_training_goes_on(fit, scenes, tmp_path, monkeypatch, capsys):
     shutil.copytree(scenes, tmp_path / "scenes")
     gone, read_image = [], validation_pictures.read_image
@@ -219,6 +222,7 @@ def test_an_image_that_has_gone_is_said_once_and_training_goes_on(fit, scenes, t
     assert [(tag, len(each)) for tag, each in pictures(cli).items()] == [(tag, 2) for tag in tags(cli, 4, 7)]
 
 
+@pytest.mark.slow
 def test_letters_that_no_font_has_are_said_once(fit, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(validation_pictures, "find_fonts", lambda text: asked.append(text) or ([], "Install some."))

@@ -96,11 +96,11 @@ DECODERS = {
 }
 
 
-def covering(choices):
-    """Of all choices some that hold every pair of settings: what fails with one or two of them fails here."""
+def covering(choices, size):
+    """Of all choices some that hold all pairs of settings, or so many: what fails with a pair of them fails here."""
     found, seen = [], set()
     while True:
-        new = {choice: set(combinations(enumerate(choice), 2)) - seen for choice in choices}
+        new = {choice: set(combinations(enumerate(choice), size)) - seen for choice in choices}
         best = max(choices, key=lambda choice: len(new[choice]))
         if not new[best]:
             return found
@@ -108,11 +108,12 @@ def covering(choices):
         seen |= new[best]
 
 
-# For the laws. Most of the LSTMs wait for `pytest -m slow`, since one run of all takes a minute.
-QUICK = {"-".join(("LSTM", *choice)) for choice in covering(LSTMS)}
+# For the laws: LSTMs with all pairs of settings, and for `pytest -m slow` with all triples.
+PAIRS, TRIPLES = ({"-".join(("LSTM", *choice)) for choice in covering(LSTMS, size)} for size in (2, 3))
 EVERY = [
-    pytest.param(name, marks=pytest.mark.slow) if name.startswith("LSTM") and name not in QUICK else name
+    pytest.param(name, marks=pytest.mark.slow) if name in TRIPLES - PAIRS else name
     for name in DECODERS
+    if not name.startswith("LSTM") or name in PAIRS | TRIPLES
 ]
 
 # One LSTM and one GRU per attention and every Transformer: for what their other switches cannot change.
