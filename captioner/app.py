@@ -245,7 +245,8 @@ def _chosen(model: Captioner | Ensemble, wish: Wish, image: Image.Image) -> Capt
 def _look(model: Captioner | Ensemble, wish: Wish, image: Image.Image) -> Response:
     """Answer with captions, and the part of a page that shows them."""
     found = _captions(model, wish, image)
-    unknown = [] if wish.caption is None else model.captioners[0].vocabulary.unknown(found[0].words)
+    vocabulary = model.captioners[0].vocabulary
+    unknown = [] if wish.caption is None else vocabulary.unknown(vocabulary.cut(wish.caption))
     return JSONResponse(
         {
             "article": article(PageImage(wish.name, image, found), model.preprocessings[0]),

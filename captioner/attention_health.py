@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from captioner.metrics import CIDErD, Comparison, paired_bootstrap, ptb_tokenize
+from captioner.metrics import CIDErD, Comparison, paired_bootstrap
+from captioner.tokens import TOKENIZERS, Tokenizer, tokenize
 
 ImageId = str | int
 
@@ -107,6 +108,8 @@ class Report(NamedTuple):
     ----------
     health : Health
         Of the same captions.
+    tokenizer : str
+        What has cut captions and references to score them.
     beam_size, seed : int
         Of this measurement.
     cider_d, cider_d_uniform, cider_d_permuted : float
@@ -126,6 +129,7 @@ class Report(NamedTuple):
     """
 
     health: Health
+    tokenizer: Tokenizer
     beam_size: int
     seed: int
     cider_d: float
@@ -167,6 +171,7 @@ def report(
     captions: Mapping[ImageId, str],
     looks: Mapping[ImageId, Look],
     *,
+    tokenizer: Tokenizer,
     beam_size: int,
     seed: int,
     hidden: float,
@@ -181,6 +186,8 @@ def report(
         Of the same images, as trained.
     looks
         What was seen of these, with captions by replaced weights.
+    tokenizer
+        What has cut the references.
     beam_size, hidden
         What they were made with.
     seed
@@ -191,7 +198,7 @@ def report(
         return None
     scorer = CIDErD(references)
     reached, evenly, at_random = (
-        scorer.score({image_id: ptb_tokenize(text) for image_id, text in said.items()})
+        scorer.score({image_id: tokenize(text, tokenizer) for image_id, text in said.items()})
         for said in (
             {image_id: captions[image_id] for image_id in references},
             {image_id: looks[image_id].uniform for image_id in references},
@@ -202,6 +209,7 @@ def report(
     strongest, random, smaller = words or ([], [], [])
     return Report(
         health=health,
+        tokenizer=tokenizer,
         beam_size=beam_size,
         seed=seed,
         cider_d=reached.corpus,
@@ -317,7 +325,7 @@ def show(found: Report, split: str, console: Console) -> None:
     console.print(table)
     console.print(
         f"{split}, {health.images:,} images, {health.content_words:,} content words, beam {found.beam_size}, "
-        f"seed {found.seed}; [95 % intervals].",
+        f"seed {found.seed}; [95 % intervals]; tokens: {TOKENIZERS[found.tokenizer]}.",
         highlight=False,
         markup=False,
     )

@@ -53,7 +53,7 @@ a path in each line, or - for such a list on standard input. Three examples:
 
   --captions N           several for each image, the best first
   --beam-size K          hypotheses (default 5); 1 is greedy and faster
-  --max-words N          the longest caption (default 20)
+  --max-words N          the longest caption (default 20 words, 120 characters or 40 byte pairs)
   --begin-with TEXT      how every caption begins, such as "a photo of"
   --ban WORD,...         words that no caption may say
   --sample               draw captions instead of searching the likeliest
@@ -85,8 +85,8 @@ class Flag(NamedTuple):
 DECODING = (
     Flag("beam_size", "hypotheses (default 5); 1 is greedy", metavar="K"),
     Flag("length_penalty", "0 favours short captions, 1 long ones (default 0.7)", float, "X"),
-    Flag("min_words", "the shortest caption (default 0)"),
-    Flag("max_words", "the longest caption (default 20)"),
+    Flag("min_words", "the shortest caption (default 0), in words, or else in characters or byte pairs"),
+    Flag("max_words", "the longest caption, likewise (default 20 words, 120 characters, 40 byte pairs)"),
     Flag("no_repeat_ngram", "say no N words in a row twice (default 0: allowed)"),
     Flag("ban", "words that no caption may say; may be given more than once", _words, "WORD,..."),
     Flag("begin_with", 'how every caption begins, such as "a photo of"', str, "TEXT"),
@@ -255,7 +255,7 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
         todo = work.begin(held)
         try:
             if todo:
-                work.caption(todo, open_model())
+                work.caption(todo, checked(open_model(), work.decoding))
             return work.end()
         except KeyboardInterrupt:
             say(work.interrupted())
@@ -289,6 +289,23 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
         return Decoding(**given)
     except InputError as error:
         raise InputError(_in_flags(str(error))) from error
+
+
+def checked(model: Captioner | Ensemble, decoding: Decoding) -> Captioner | Ensemble:
+    """Return a model that can keep the limits of a decoding.
+
+    Raises
+    ------
+    InputError
+        Where it cannot, as where it does not know what captions are to begin with.
+    """
+    from captioner.model import limits_of
+
+    try:
+        limits_of(decoding, model.captioners[0].vocabulary)
+    except InputError as error:
+        raise InputError(_in_flags(str(error))) from error
+    return model
 
 
 def _in_flags(sentence: str) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from captioner.errors import InputError
 
 KEY = "captioner"
-VERSION = 1
+VERSION = 2
+OF_WORDS = 1  # of files of COCO's words, which a release that reads this version alone can read, too
 
 
 class Contents(NamedTuple):
@@ -32,17 +33,24 @@ class Contents(NamedTuple):
         The model's state dict.
     scores : dict of str to float
         What the model reached, in COCO's units; empty where it was never scored.
+    vocabulary : dict or None
+        Plain JSON about the words, see `captioner.vocabulary`; None where they are words of COCO's tokenizer.
     """
 
     settings: dict[str, Any]
     words: list[str]
     tensors: dict[str, Tensor]
     scores: dict[str, float]
+    vocabulary: dict[str, Any] | None = None
 
 
 def pack(contents: Contents) -> dict[str, Any]:
     """Return the contents as the plain dict that stands under :data:`KEY`."""
-    return {"version": VERSION, **contents._asdict()}
+    packed = contents._asdict()
+    if contents.vocabulary is None:
+        del packed["vocabulary"]
+        return {"version": OF_WORDS, **packed}
+    return {"version": VERSION, **packed}
 
 
 def unpack(checkpoint: object, source: str | Path) -> Contents:
@@ -54,16 +62,17 @@ def unpack(checkpoint: object, source: str | Path) -> Contents:
         Where the file is another program's or a later version's.
     """
     packed = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(packed, dict) or not {"version", *Contents._fields} <= packed.keys():
+    needed = {"version", *Contents._fields} - Contents._field_defaults.keys()
+    if not isinstance(packed, dict) or not needed <= packed.keys():
         raise InputError(
             f"{source} is not a checkpoint of captioner: give the file whose path 'captioner fit' prints at its end."
         )
-    if packed["version"] != VERSION:
+    if packed["version"] not in (OF_WORDS, VERSION):
         raise InputError(
             f"{source} was written in version {packed['version']} of the checkpoint format, and this captioner reads "
-            f"version {VERSION}: install the release of captioner that wrote it."
+            f"version {VERSION} and older: install the release of captioner that wrote it."
         )
-    return Contents(**{field: packed[field] for field in Contents._fields})
+    return Contents(**{field: packed[field] for field in Contents._fields if field in packed})
 
 
 def read(path: str | Path) -> Contents:

@@ -365,6 +365,13 @@ def _score(args: Sequence[str]) -> int:
     parser.add_argument(
         "--train", type=Path, metavar="PATH", help="folder (its split train) or file: how many captions are new?"
     )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("auto", "ptb", "unicode"),
+        default="auto",
+        metavar="NAME",
+        help="ptb (COCO's, English), unicode, or auto: by script",
+    )
     parser.add_argument("--meteor", action="store_true", help="METEOR too; needs Java and the extra 'java'")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the bootstrap (default 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, in COCO's units (0.3, not 30)")
@@ -386,10 +393,13 @@ def _score(args: Sequence[str]) -> int:
 
     if options.meteor:
         find_meteor()
+    references = ReferenceCaptions.read(options.references, options.split, options.tokenizer)
+    if options.meteor and references.tokenizer != "ptb":
+        raise InputError("METEOR is for English captions: leave out --meteor, or give --tokenizer ptb if they are.")
     evaluation = evaluate(
-        ReferenceCaptions.read(options.references, options.split),
+        references,
         options.results,
-        training=None if options.train is None else TrainingCaptions.read(options.train),
+        training=None if options.train is None else TrainingCaptions.read(options.train, references.tokenizer),
         with_meteor=options.meteor,
         seed=options.seed,
     )
@@ -455,11 +465,12 @@ def _demo(args: Sequence[str]) -> int:
         metavar="FILE",
         help="laid over configs/scenes.yaml, such as configs/decoders/transformer.yaml; may be given more than once",
     )
+    parser.add_argument("--language", choices=("en", "ko"), default="en", help="of the captions (default en)")
     options = parser.parse_args(args[1:])
 
     started = time.monotonic()
 
     from captioner.demo import run
 
-    run(options.output, options.seed, started, options.config)
+    run(options.output, options.seed, started, options.config, options.language)
     return 0

@@ -21,8 +21,8 @@ from captioner.errors import InputError, in_one_line
 from captioner.images import Preprocessing, random_box, read_image
 from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
-from captioner.tokens import mirror, tokenize
-from captioner.vocabulary import Vocabulary, pad
+from captioner.tokens import TokenizerChoice, choose_tokenizer, mirror, mirror_text, tokenize
+from captioner.vocabulary import BytePairs, Characters, Units, Vocabulary, pad
 
 UNTOLD = "the task tells the preprocessing before it asks for images"
 
@@ -40,6 +40,8 @@ class Batch(NamedTuple):
         From a cache, or from files of regions.
     tokens : Tensor or None
         (B, Q, T + 1) ids of their captions from ``<bos>`` on, padded; None where captions are to be found.
+    words : Tensor or None
+        (B, Q, T' + 1) those of the captions' words (`CaptionData.words`), where `tokens` are characters or byte pairs.
     damaged : dict
         The images that were found damaged and left out: why, by their place among all.
     """
@@ -48,6 +50,7 @@ class Batch(NamedTuple):
     images: Tensor | None
     annotations: Annotations | None
     tokens: Tensor | None
+    words: Tensor | None = None
     damaged: dict[int, str] = {}  # never changed
 
 
@@ -62,15 +65,17 @@ class CaptionedImages(Dataset[Batch]):
         What an image goes through.
     captions : list of list of list of int, optional
         The ids of each image's captions, in training.
+    words : list of list of list of int, optional
+        The ids of their words, where those are of characters or byte pairs.
     captions_per_image : int
         Q at most: from an image with more captions, as many are drawn at random each time.
     cache : AnnotationCache, optional
         Where the annotations are, in the order of the records.
     keep_in_memory : bool
         Read all images now and keep them, 3 * S * S bytes each.
-    mirrored_captions : list of list of list of int, optional
-        The ids of the captions of each image's mirrored view. Where they are given, an image is mirrored with
-        probability one half each time.
+    mirrored_captions, mirrored_words : list of list of list of int, optional
+        The ids of the captions, and of their words, of each image's mirrored view. Where they are given, an image is
+        mirrored with probability one half each time.
     mirrored_cache : AnnotationCache, optional
         Where the annotations of the mirrored images are, beside `cache`.
     crop : float
@@ -94,10 +99,12 @@ class CaptionedImages(Dataset[Batch]):
         preprocessing: Preprocessing,
         *,
         captions: list[list[list[int]]] | None = None,
+        words: list[list[list[int]]] | None = None,
         captions_per_image: int = 5,
         cache: AnnotationCache | None = None,
         keep_in_memory: bool = False,
         mirrored_captions: list[list[list[int]]] | None = None,
+        mirrored_words: list[list[list[int]]] | None = None,
         mirrored_cache: AnnotationCache | None = None,
         crop: float = 1.0,
         region_dim: int | None = None,
@@ -108,6 +115,7 @@ class CaptionedImages(Dataset[Batch]):
         self.mirrored_captions, self.mirrored_cache = mirrored_captions, mirrored_cache
         self.region_dim, self.leave_out_damaged = region_dim, leave_out_damaged
         self.damaged = {row: "" for each in (cache, mirrored_cache) if each is not None for row in each.missing}
+        self.words, self.mirrored_words = words, mirrored_words
         self.kept = self._read_all() if keep_in_memory and cache is None else None
 
     def __len__(self) -> int:
@@ -136,9 +144,9 @@ class CaptionedImages(Dataset[Batch]):
         mirrored = None if mirrored is None else mirrored[: len(indices)]  # which decides for whatever is left
         if images is not None and mirrored is not None:
             images[mirrored] = images[mirrored].flip(-1)
-        tokens = self._tokens(indices, mirrored)
+        tokens, words = self._tokens(indices, mirrored)
         damaged = dict(list(self.damaged.items())[known:])
-        return Batch([self.records[index].image_id for index in indices], images, annotations, tokens, damaged)
+        return Batch([self.records[index].image_id for index in indices], images, annotations, tokens, words, damaged)
 
     def _left(self, indices: list[int]) -> list[int]:
         """Return those of some images that are not known to be damaged, or else any other one."""
@@ -182,19 +190,26 @@ class CaptionedImages(Dataset[Batch]):
         values = torch.cat([upright.values, other.values])
         return upright._replace(values=values[places.to(values.device)])
 
-    def _tokens(self, indices: list[int], mirrored: Tensor | None) -> Tensor | None:
+    def _tokens(self, indices: list[int], mirrored: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.captions is None:
-            return None
-        captions = [self.captions[index] for index in indices]
-        if self.mirrored_captions is not None and mirrored is not None:
-            for place in mirrored.nonzero().flatten().tolist():
-                captions[place] = self.mirrored_captions[indices[place]]
-        return pad([self._draw(each) for each in captions])
+            return None, None
+        is_mirrored = [False] * len(indices) if mirrored is None else mirrored.tolist()
+        drawn = [self._draw(len(self.captions[index])) for index in indices]
 
-    def _draw(self, captions: list[list[int]]) -> list[list[int]]:
-        if len(captions) <= self.captions_per_image:
-            return captions
-        return [captions[place] for place in torch.randperm(len(captions))[: self.captions_per_image].tolist()]
+        def padded(upright: list[list[list[int]]], other: list[list[list[int]]] | None) -> Tensor:
+            sides = [other if other is not None and is_other else upright for is_other in is_mirrored]
+            return pad(
+                [[side[index][k] for k in places] for side, index, places in zip(sides, indices, drawn, strict=True)]
+            )
+
+        words = None if self.words is None else padded(self.words, self.mirrored_words)
+        return padded(self.captions, self.mirrored_captions), words
+
+    def _draw(self, captions: int) -> list[int]:
+        """Return the places of the captions to show."""
+        if captions <= self.captions_per_image:
+            return list(range(captions))
+        return torch.randperm(captions)[: self.captions_per_image].tolist()
 
     def _seeds(self, indices: list[int]) -> list[int | None]:
         """Draw what decides each image's part, from torch's generator, which the loader seeds in every worker."""
@@ -291,9 +306,19 @@ class CaptionData(LightningDataModule):
     captions_per_image : int
         Captions of an image per batch, at most.
     minimum_count : int
-        A word that the training captions hold less often is left to ``<unk>``.
-    max_words : int
-        A longer training caption is cut.
+        A word, or a character, that the training captions hold less often is left to ``<unk>``; a pair of bytes is not
+        joined.
+    units : str
+        What the model says one after the other: "words", in lower case and without punctuation, or "characters" or
+        "byte_pairs", which keep captions as they are written.
+    byte_pairs : int
+        How many of them there are at most.
+    tokenizer : str
+        What cuts captions into words, of the vocabulary and to score them: "ptb" is COCO's for English, "unicode" for
+        other languages, and "auto" chooses by the captions' script; see :func:`captioner.tokens.choose_tokenizer`.
+    max_words : int, optional
+        A training caption of more words is cut, of more characters or byte pairs where these are said; by default
+        after 20 words, 120 characters or 40 byte pairs.
     num_workers : int
         Processes that read images.
     regions : Path, optional
@@ -329,7 +354,10 @@ class CaptionData(LightningDataModule):
         batch_size: int = 32,
         captions_per_image: int = 5,
         minimum_count: int = 5,
-        max_words: int = 20,
+        units: Units = "words",
+        byte_pairs: int = 1000,
+        tokenizer: TokenizerChoice = "auto",
+        max_words: int | None = None,
         num_workers: int = 0,
         cache: Path | None = None,
         keep_in_memory: bool = False,
@@ -341,7 +369,7 @@ class CaptionData(LightningDataModule):
         super().__init__()
         numbers = {"batch_size": batch_size, "captions_per_image": captions_per_image, "max_words": max_words}
         for name, number in numbers.items():
-            if number < 1:
+            if number is not None and number < 1:
                 raise InputError(f"data.{name} is {number}: give a whole number above 0.")
         if not 0 < crop <= 1:
             raise InputError(
@@ -362,6 +390,8 @@ class CaptionData(LightningDataModule):
                 "data.regions are read as they are, in place of images: set data.flip and data.keep_in_memory to false "
                 "and data.crop to 1."
             )
+        if units not in ("words", "characters", "byte_pairs"):
+            raise InputError(f"data.units is {units!r}: give words, characters or byte_pairs.")
         self.files, self.regions = files, regions
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
@@ -371,7 +401,9 @@ class CaptionData(LightningDataModule):
         self.damaged: dict[int, str] = {}  # of the training images those left out, by their place, and why
         self.preprocessing: Preprocessing | None = None
         self.region_dim: int | None = None  # told by the task, as the preprocessing is
+        self.units, self.byte_pairs, self.tokenizer = units, byte_pairs, tokenizer
         self.vocabulary: Vocabulary | None = None
+        self.words: Vocabulary | None = None  # of the captions' words, whatever the model says
         self.records: dict[str, list[CaptionedImage]] = {}
         self.caches: dict[str, AnnotationCache] = {}
         self.mirrored_cache: AnnotationCache | None = None  # of the training images
@@ -388,16 +420,33 @@ class CaptionData(LightningDataModule):
                     else find_regions(Path(self.regions), self.files.captioned(split))
                 )
         if stage == "fit" and self.vocabulary is None:
-            self._tokens = [[tokenize(caption) for caption in record.captions] for record in self.records["train"]]
+            captions = [caption for record in self.records["train"] for caption in record.captions]
+            tokenizer = choose_tokenizer(captions, self.tokenizer)
+            if self.flip and tokenizer != "ptb":
+                raise InputError(
+                    "data.flip exchanges the English words left and right in mirrored images' captions, and these are "
+                    "in another language: set it to false."
+                )
             # Of the captions as they are, mirrored or not: a run with mirrored images can go on from one without.
-            self.vocabulary = Vocabulary.from_captions(
-                (tokens for image in self._tokens for tokens in image), self.minimum_count
+            self.words = Vocabulary.from_captions(
+                (tokenize(caption, tokenizer) for caption in captions), self.minimum_count, tokenizer
             )
-            if not self.vocabulary.words:
+            if not self.words.words:
                 raise InputError(
                     f"No word occurs {self.minimum_count} times in the captions of the split "
                     f"{self.splits['train']!r}: set data.minimum_count lower."
                 )
+            self.vocabulary = self.words
+            if self.units == "characters":
+                self.vocabulary = Characters.train(captions, self.minimum_count)
+            elif self.units == "byte_pairs":
+                self.vocabulary = BytePairs.train(captions, self.byte_pairs, self.minimum_count)
+
+    @property
+    def longest(self) -> int:
+        """Units of the longest training caption that is not cut, once the vocabulary is known."""
+        assert self.vocabulary is not None
+        return self.vocabulary.longest if self.max_words is None else self.max_words
 
     def references(self, name: str) -> dict[str | int, tuple[str, ...]]:
         """Return the raw captions of "train", "val" or "test" by image."""
@@ -523,22 +572,27 @@ class CaptionData(LightningDataModule):
         assert self.preprocessing is not None, UNTOLD
         if name in self._datasets:
             return self._datasets[name]
-        captions = mirrored_captions = None
+        captions = mirrored_captions = words = mirrored_words = None
         cache, mirrored_cache = self.caches.get(name), None
         if name == "train":
-            captions = self._encode(self._tokens)
+            assert self.vocabulary is not None and self.words is not None
+            apart = self.vocabulary is not self.words
+            captions, words = self._encode(self.vocabulary), self._encode(self.words) if apart else None
             if self.flip:
-                mirrored_captions = self._encode([[mirror(tokens) for tokens in image] for image in self._tokens])
+                mirrored_captions = self._encode(self.vocabulary, mirrored=True)
+                mirrored_words = self._encode(self.words, mirrored=True) if apart else None
                 mirrored_cache = self.mirrored_cache
             cache, mirrored_cache = self._near(cache, mirrored_cache)
         self._datasets[name] = CaptionedImages(
             self.records[name],
             self.preprocessing,
             captions=captions,
+            words=words,
             captions_per_image=self.captions_per_image,
             cache=cache,
             keep_in_memory=self.keep_in_memory,
             mirrored_captions=mirrored_captions,
+            mirrored_words=mirrored_words,
             mirrored_cache=mirrored_cache,
             crop=self.crop if name == "train" else 1.0,
             region_dim=None if self.regions is None else self.region_dim,
@@ -548,9 +602,17 @@ class CaptionData(LightningDataModule):
             self.leave_out(found)
         return self._datasets[name]
 
-    def _encode(self, captions: list[list[list[str]]]) -> list[list[list[int]]]:
-        assert self.vocabulary is not None
-        return [[self.vocabulary.encode(tokens, self.max_words) for tokens in image] for image in captions]
+    def _encode(self, vocabulary: Vocabulary, *, mirrored: bool = False) -> list[list[list[int]]]:
+        """Return the ids of the training captions, by image."""
+        limit = self.longest if vocabulary is self.vocabulary else vocabulary.longest
+
+        def encoded(caption: str) -> list[int]:
+            if vocabulary.units == "words":
+                words = vocabulary.cut(caption)
+                return vocabulary.encode(mirror(words) if mirrored else words, limit)
+            return vocabulary.encode(vocabulary.cut(mirror_text(caption) if mirrored else caption), limit)
+
+        return [[encoded(caption) for caption in record.captions] for record in self.records["train"]]
 
     def _near(self, *caches: AnnotationCache | None) -> list[AnnotationCache | None]:
         """Return the caches, in the memory of the trainer's device if it has room for them."""

@@ -21,15 +21,18 @@ class Decoding:
         Hypotheses per image; 1 is greedy. Nothing where captions are drawn.
     length_penalty : float
         0 ranks captions by their log-probability, 1 by its mean per word, the end counted as one.
-    min_words, max_words : int
-        Shortest and longest caption.
+    min_words : int
+        Shortest caption, in what the model says: words, or else characters or byte pairs.
+    max_words : int, optional
+        Longest caption, likewise; by default 20 words, 120 characters or 40 byte pairs.
     no_repeat_ngram : int
-        No sequence of so many words occurs twice in a caption; 0: whatever occurs.
+        No sequence of so many words occurs twice in a caption, whatever the model says them by; 0: whatever occurs.
     ban : tuple of str
         Words that are never said, beside those that are none, as ``<unk>``. One that the model does not know bans
-        nothing: it would not be said in any case, so one list serves many models.
+        nothing: it would not be said in any case, so one list serves many models. Where a model says characters or byte
+        pairs, words that begin with a banned one are not said either.
     begin_with : str
-        What every caption begins with. Its words count as others do, in lengths and log-probabilities.
+        What every caption begins with. It counts as the rest does, in lengths and log-probabilities.
     captions : int
         How many of each image: the best of the beam, of all groups, or so many drawn at random, of which some may be
         equal. Best first; beams give fewer where they have found fewer.
@@ -57,7 +60,7 @@ class Decoding:
     beam_size: int = 5
     length_penalty: float = 0.7
     min_words: int = 0
-    max_words: int = 20
+    max_words: int | None = None
     no_repeat_ngram: int = 0
     ban: tuple[str, ...] = ()
     begin_with: str = ""
@@ -75,9 +78,10 @@ class Decoding:
             raise InputError(f"`ban` is a list of words and not the text {self.ban!r}: give [{self.ban!r}].")
         object.__setattr__(self, "ban", tuple(self.ban))
         for name, least in LEAST.items():
-            if not getattr(self, name) >= least:  # nor if it is not a number
+            value = getattr(self, name)
+            if not (value is None or value >= least):  # nor if it is not a number
                 raise InputError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
-        if self.min_words > self.max_words:
+        if self.max_words is not None and self.min_words > self.max_words:
             raise InputError(
                 f"`min_words` {self.min_words} is more than `max_words` {self.max_words}: lower the first or raise the "
                 "second."
@@ -110,21 +114,12 @@ class Decoding:
                     f"{self.groups} groups cannot share out a beam of {self.beam_size}: set `beam_size` to a multiple "
                     f"of {self.groups}."
                 )
-        if len(self.first_words) > self.max_words:
+        # Whatever a model says, it is no fewer characters or byte pairs. The model's own words are counted again.
+        if self.max_words is not None and len(tokenize(self.begin_with)) > self.max_words:
             raise InputError(
                 f"`begin_with` {self.begin_with!r} is longer than `max_words` {self.max_words}: shorten the one or "
                 "raise the other."
             )
-        for said in self.ban:
-            if len(words := tokenize(said)) > 1:
-                raise InputError(f"{said!r} is {len(words)} words to the model and cannot be banned: ban single words.")
-            if words and words[0] in self.first_words:
-                raise InputError(f"{said!r} is in both `ban` and `begin_with`: take it out of one of them.")
-
-    @property
-    def first_words(self) -> list[str]:
-        """The words of `begin_with`, as models are trained on them."""
-        return tokenize(self.begin_with)
 
 
 LEAST = {

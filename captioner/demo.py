@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +22,14 @@ from rich.table import Table
 
 from captioner.annotation_files import COCOCaptions
 from captioner.errors import InputError
+from captioner.grammar import Mention
 from captioner.images import read_image
 from captioner.metrics import score_captions
 from captioner.model import Caption, Captioner
 from captioner.overlay import draw_overlay
 from captioner.precision import faster_precision
-from captioner.scenes import UNSEEN_PAIRS, Mention, Scene, judge, pointing, read_scenes, write_scenes
+from captioner.scenes import UNSEEN_PAIRS, Scene, judge, pointing, read_scenes, write_scenes
+from captioner.tokens import choose_tokenizer
 from captioner.training import check_files, train
 
 SIZES = {"train": 8000, "val": 200, "seen": 500, "unseen": 500}
@@ -68,7 +72,7 @@ class SceneScores(NamedTuple):
 
 
 def score_scenes(
-    captions: Sequence[Caption], scenes: Sequence[Scene], references: Sequence[Sequence[str]]
+    captions: Sequence[Caption], scenes: Sequence[Scene], references: Sequence[Sequence[str]], language: str = "en"
 ) -> SceneScores:
     """Score captions of scenes by the references and by the scenes themselves.
 
@@ -76,11 +80,15 @@ def score_scenes(
     ----------
     captions, scenes, references
         In the same order; each scene has several references.
+    language
+        The captions'.
     """
-    scores = score_captions(dict(enumerate(references)), {k: caption.text for k, caption in enumerate(captions)})
-    judgements = [judge(caption.words, scene) for caption, scene in zip(captions, scenes, strict=True)]
+    tokenizer = choose_tokenizer(chain.from_iterable(references))
+    texts = {k: caption.text for k, caption in enumerate(captions)}
+    scores = score_captions(dict(enumerate(references)), texts, tokenizer)
+    judgements = [judge(caption.words, scene, language) for caption, scene in zip(captions, scenes, strict=True)]
     shuffled = [
-        judge(caption.words, scene).right
+        judge(caption.words, scene, language).right
         for distance in range(1, min(SHUFFLES, len(scenes) - 1) + 1)
         for caption, scene in zip(captions, [*scenes[distance:], *scenes[:distance]], strict=True)
     ]
@@ -88,7 +96,7 @@ def score_scenes(
     pointings = []
     for caption, judgement, scene in zip(captions, judgements, scenes, strict=True):
         if caption.attention is not None and caption.grid is not None:
-            pointings += pointing(judgement, caption.attention.numpy(), caption.grid, scene)
+            pointings += pointing(judgement, caption.attention.numpy(), caption.grid, scene, language)
     return SceneScores(
         bleu4=scores["BLEU-4"].corpus,
         cider_d=scores["CIDEr-D"].corpus,
@@ -101,7 +109,7 @@ def score_scenes(
     )
 
 
-def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -> None:
+def run(output: Path, seed: int, started: float, configs: Sequence[Path] = (), language: str = "en") -> None:
     """Draw scenes, train, score, caption and overlay, all under one folder.
 
     Parameters
@@ -114,6 +122,8 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
         When the command began, by `time.monotonic`.
     configs : sequence of Path
         YAML files laid over the recipe, in this order: another decoder, another bridge.
+    language : str
+        The captions': "en" or "ko".
 
     Raises
     ------
@@ -129,7 +139,8 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
     scenes = output / "scenes"
     with Progress(console=console) as progress:
         bar = progress.add_task("Drawing scenes", total=sum(SIZES.values()))
-        write_scenes(scenes, SIZES, seed, progress=lambda number: progress.update(bar, completed=number))
+        shown = partial(progress.update, bar)
+        write_scenes(scenes, SIZES, seed, progress=lambda number: shown(completed=number), language=language)
 
     arguments += ["--data.files.root", str(scenes)]
     arguments += ["--trainer.default_root_dir", str(output / "runs"), "--seed_everything", str(seed)]
@@ -149,7 +160,10 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
         truths = read_scenes(scenes, split)
         captions = model.caption([record.path for record in records], beam_size=BEAM_SIZE)
         reached = score_scenes(
-            captions, [truths[int(record.image_id)] for record in records], [record.captions for record in records]
+            captions,
+            [truths[int(record.image_id)] for record in records],
+            [record.captions for record in records],
+            language,
         )
         results[split] = {**reached._asdict(), "images": len(records)}
         console.print(f"\n{split}: {'with' if split == 'unseen' else 'without'} a colour-shape pair new to the model")
@@ -159,6 +173,7 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = ()) -
                 draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
             console.print(f"  {record.path.name}  {caption.text}", highlight=False, soft_wrap=True)
     results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision, "configs": list(map(str, configs))}
+    results["language"] = language
     results["seconds"] = round(time.monotonic() - started, 1)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _print(console, results)

@@ -33,7 +33,7 @@ from captioner.model import (
     find_captions,
 )
 from captioner.search import Hypothesis
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import Vocabulary, restore
 
 # What decides how an encoder came by its tensors, and not what it makes of an image.
 OF_TRAINING = ("weights", "learns", "recompute")
@@ -191,7 +191,7 @@ def _slices(parts: Sequence[tuple[Tensor, ...]]) -> list[slice]:
 
 def _open_beside(first: Captioner, path: str | Path) -> Captioner:
     contents = read(path)
-    vocabulary = Vocabulary(contents.words)
+    vocabulary = restore(contents.words, contents.vocabulary, path)
     if vocabulary != first.vocabulary:
         raise _other_words(path, vocabulary)
     name, encoder = contents.settings["encoder"].get("module"), None
@@ -211,8 +211,8 @@ def _open_beside(first: Captioner, path: str | Path) -> Captioner:
 
 def _other_words(who: str | Path, vocabulary: Vocabulary) -> InputError:
     return InputError(
-        f"{who} knows {len(vocabulary.words)} words, but not those of the ensemble's first model: give checkpoints "
-        "that were trained on the same captions with the same minimum_count."
+        f"{who} knows {vocabulary}, but not those of the ensemble's first model: give checkpoints that were trained on "
+        "the same captions with the same units and minimum_count."
     )
 
 

@@ -19,11 +19,11 @@ from captioner.metrics import (
     diversity,
     interval,
     meteor,
-    ptb_tokenize,
     resample,
     score_tokens,
 )
 from captioner.results import Result, read_results
+from captioner.tokens import Tokenizer, TokenizerChoice, choose_tokenizer, tokenize
 
 # Of fewer images the bootstrap's intervals are too narrow: of two equally good systems too many would be told apart.
 FEWEST_TO_COMPARE = 30
@@ -46,6 +46,8 @@ class ReferenceCaptions(NamedTuple):
         For each of these images the tokens of its references.
     without : list
         The ids of images that the file lists without any reference. They are not scored.
+    tokenizer : str
+        What has cut them, and cuts all that is scored against them.
     """
 
     path: Path
@@ -53,9 +55,10 @@ class ReferenceCaptions(NamedTuple):
     records: dict[ImageId, CaptionedImage]
     tokens: dict[ImageId, list[list[str]]]
     without: list[ImageId]
+    tokenizer: Tokenizer = "ptb"
 
     @classmethod
-    def read(cls, path: Path, split: str | None = None) -> ReferenceCaptions:
+    def read(cls, path: Path, split: str | None = None, tokenizer: TokenizerChoice = "auto") -> ReferenceCaptions:
         """Read a dataset's folder or caption file, see `open_captions` and `CaptionFiles.records`.
 
         Raises
@@ -63,11 +66,13 @@ class ReferenceCaptions(NamedTuple):
         InputError
             If the file cannot be read, or no image in it has a reference.
         """
-        return cls.of(path, split, open_captions(path).records(split))
+        return cls.of(path, split, open_captions(path).records(split), tokenizer)
 
     @classmethod
-    def of(cls, path: Path, split: str | None, images: Sequence[CaptionedImage]) -> ReferenceCaptions:
-        """Take the captions of images, which came from a path, as references.
+    def of(
+        cls, path: Path, split: str | None, images: Sequence[CaptionedImage], tokenizer: TokenizerChoice = "auto"
+    ) -> ReferenceCaptions:
+        """Take the captions of images, which came from a path, as references, and cut them by that tokenizer.
 
         Raises
         ------
@@ -78,10 +83,14 @@ class ReferenceCaptions(NamedTuple):
         captioned = {image_id: record for image_id, record in records.items() if record.captions}
         if not captioned:
             raise InputError(f"{path} has no reference: give a file of captions.")
+        texts = (caption for record in captioned.values() for caption in record.captions)
+        chosen = choose_tokenizer(texts, tokenizer)
         tokens = {
-            image_id: [ptb_tokenize(caption) for caption in record.captions] for image_id, record in captioned.items()
+            image_id: [tokenize(caption, chosen) for caption in record.captions]
+            for image_id, record in captioned.items()
         }
-        return cls(path, split, captioned, tokens, [image_id for image_id in records if image_id not in captioned])
+        without = [image_id for image_id in records if image_id not in captioned]
+        return cls(path, split, captioned, tokens, without, chosen)
 
 
 class TrainingCaptions(NamedTuple):
@@ -102,8 +111,8 @@ class TrainingCaptions(NamedTuple):
     tokens: list[list[str]]
 
     @classmethod
-    def read(cls, path: Path) -> TrainingCaptions:
-        """Read the split "train" of a dataset's folder, or all captions of a file.
+    def read(cls, path: Path, tokenizer: Tokenizer = "ptb") -> TrainingCaptions:
+        """Read the split "train" of a dataset's folder, or all captions of a file, and cut them as the references are.
 
         Raises
         ------
@@ -111,7 +120,7 @@ class TrainingCaptions(NamedTuple):
             If there is no caption, or the file cannot be read.
         """
         records = open_captions(path).records("train" if path.is_dir() else None)
-        tokens = [ptb_tokenize(caption) for record in records for caption in record.captions]
+        tokens = [tokenize(caption, tokenizer) for record in records for caption in record.captions]
         if not tokens:
             raise InputError(f"{path} has no caption: give the training captions.")
         return cls(path, {record.image_id for record in records}, tokens)
@@ -232,7 +241,10 @@ def evaluate_captions(
     training, with_meteor, seed
         As for `evaluate`.
     """
-    tokens = [{image_id: ptb_tokenize(caption) for image_id, caption in captions.items()} for _, captions in systems]
+    tokens = [
+        {image_id: tokenize(caption, references.tokenizer) for image_id, caption in captions.items()}
+        for _, captions in systems
+    ]
     scores = [score_tokens(references.tokens, one) for one in tokens]
     names = list(scores[0])
     values = resample([one[name] for one in scores for name in names], seed=seed)

@@ -5,7 +5,10 @@ Captions are decoded again with the weights replaced (uniform, or permuted at ra
 looked at are hidden to see what its log-probability loses. How all this is summed up, and when it gives cause for a
 warning, stands in :mod:`captioner.attention_health`.
 
-Shapes: B images, N regions, T words of a caption, the end counted as one.
+All is told by word, as people read them. Where characters or byte pairs say a word, its weights are the mean over these
+units, and its log-probability is their sum.
+
+Shapes: B images, N regions, T units of a caption, the end counted as one, W words.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from captioner.annotation_files import CaptionedImage
 from captioner.attention import Annotations, Attention, Memory, NoAttention, Uniform
 from captioner.attention_health import ImageId, Look, Report, report
 from captioner.errors import InputError
+from captioner.grammar import language_of
 from captioner.images import read_image
-from captioner.metrics import ptb_tokenize
-from captioner.model import Captioner
+from captioner.model import Captioner, by_word
 from captioner.scenes import Pointing, Scene, judge, pointing
-from captioner.tokens import detokenize
-from captioner.vocabulary import BEGIN, pad
+from captioner.tokens import choose_tokenizer, tokenize
+from captioner.vocabulary import BEGIN, Word, pad
 
 # (weights (..., Q, N), mask of existing regions that broadcasts to them) -> weights
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -166,8 +169,9 @@ def measure(
         best = [hypotheses[0].tokens for hypotheses in model.search(annotations, beam_size=beam_size)]
         captions |= zip(image_ids, texts(model, best), strict=True)
         looks |= probe(model, annotations, image_ids, best, hiding=hiding, generator=generator, beam_size=beam_size)
-    tokens = {record.image_id: [ptb_tokenize(caption) for caption in record.captions] for record in records}
-    found = report(tokens, captions, looks, beam_size=beam_size, seed=seed, hidden=hidden)
+    tokenizer = choose_tokenizer(caption for record in records for caption in record.captions)
+    tokens = {record.image_id: [tokenize(caption, tokenizer) for caption in record.captions] for record in records}
+    found = report(tokens, captions, looks, tokenizer=tokenizer, beam_size=beam_size, seed=seed, hidden=hidden)
     if found is None:
         raise InputError("These captions hold no content word, so there is nothing to hide from: take more images.")
     return found
@@ -175,7 +179,7 @@ def measure(
 
 def texts(model: Captioner, captions: Sequence[Sequence[int]]) -> list[str]:
     """Return captions given as ids as people read them."""
-    return [detokenize(model.vocabulary.decode(ids)) for ids in captions]
+    return [model.vocabulary.text(ids) for ids in captions]
 
 
 def probe(
@@ -244,15 +248,14 @@ def examine(
     exists, bridged = annotations.existing(), annotations
     if hiding is not None and model.bridge.regionwise:  # what is hidden changes no other region: once is enough
         bridged = model.bridge(annotations)
-    entropies, losses = relative_entropies(weights, exists), (whole - evenly).tolist()
+    losses = (whole - evenly).tolist()
     looks = {}
     for image, (image_id, ids) in enumerate(zip(image_ids, captions, strict=True)):
-        words = content_words(model, ids)
-        said = weights[image, : len(ids)]
-        moved = (said - said.mean(0)).abs().sum(-1) / 2
+        units, words = model.vocabulary.decode(ids), content_words(model, ids)
+        said, read = weights[image, : len(ids)], model.vocabulary.read(units)
         points: list[Pointing] = []
         if scenes is not None and image_id in scenes and annotations.grid is not None:
-            points = _point(model, ids, said, annotations.grid, scenes[image_id])
+            points = _point(model, read, said, annotations.grid, scenes[image_id])
         if exists[image].sum() < 2:  # there is nothing to choose from
             words, points = [], []
         hidden: list[tuple[float, float, float]] = []
@@ -260,24 +263,34 @@ def examine(
             alone = Annotations(bridged.values[image : image + 1], exists[image : image + 1], bridged.grid)
             generator = torch.Generator().manual_seed(crc32(f"{hiding.seed} {image_id}".encode()))
             hidden = _hide(model, alone, tokens[image, 0], words, whole[image], said, hiding, generator)
+        end = Word("", len(units), len(ids))
+        mean, meant = by_word(said, [*read, end] if end.start < end.stop else read).mean(0), by_word(said, words)
         looks[image_id] = Look(
-            entropies=tuple(entropies[image, words].tolist()),
-            movements=tuple(moved[words].tolist()),
-            peaks=tuple(said[words].argmax(-1).tolist()),
-            uniform_losses=tuple(losses[image][t] for t in words),
+            entropies=tuple(relative_entropies(meant[None], exists[image : image + 1])[0].tolist()),
+            movements=tuple(((meant - mean).abs().sum(-1) / 2).tolist()),
+            peaks=tuple(meant.argmax(-1).tolist()),
+            uniform_losses=tuple(sum(losses[image][word.start : word.stop]) for word in words),
             hidden=tuple(hidden),
             points=tuple((point.hit, point.chance) for point in points),
         )
     return looks
 
 
-def content_words(model: Captioner, ids: Sequence[int]) -> list[int]:
-    """Return the places of a caption's words that are about things: all but function words."""
-    return [t for t, word in enumerate(model.vocabulary.decode(ids)) if word not in FUNCTION_WORDS]
+def content_words(model: Captioner, ids: Sequence[int]) -> list[Word]:
+    """Return a caption's words that are about things: all but function words.
+
+    These are known of English alone. In another language all words count.
+    """
+    vocabulary = model.vocabulary
+    read = vocabulary.read(vocabulary.decode(ids))
+    if vocabulary.units == "words":
+        return [word for word in read if word.text not in FUNCTION_WORDS]
+    # With capitals and punctuation, and "it's" is one word here.
+    return [word for word in read if any(part not in FUNCTION_WORDS for part in tokenize(word.text))]
 
 
 def relative_entropies(weights: Tensor, exists: Tensor) -> Tensor:
-    """Return the (B, T) entropy of weights (B, T, N) relative to that of uniform ones, of existing regions (B, N).
+    """Return the (B, W) entropy of weights (B, W, N) relative to that of uniform ones, of existing regions (B, N).
 
     It is no number where an image has a single region.
     """
@@ -301,20 +314,22 @@ def _scores(model: Captioner, outputs: Tensor) -> Tensor:
 
 
 def _point(
-    model: Captioner, ids: Sequence[int], weights: Tensor, grid: tuple[int, int], scene: Scene
+    model: Captioner, read: Sequence[Word], weights: Tensor, grid: tuple[int, int], scene: Scene
 ) -> list[Pointing]:
     """Play the pointing game with a caption of a scene, if regions divide the whole scene, as it wants them to."""
-    words, side = model.vocabulary.decode(ids), scene.side
+    words, side = [word.text for word in read], scene.side
     if model.preprocessing.visible_box(side, side) != (0.0, 0.0, side, side):
         return []
-    return pointing(judge(words, scene), weights[: len(words)].float().cpu().numpy(), grid, scene)
+    language = language_of(words)
+    judgement, looked = judge(words, scene, language), by_word(weights, read).float().cpu().numpy()
+    return pointing(judgement, looked, grid, scene, language)
 
 
 def _hide(
     model: Captioner,
     bridged: Annotations,
     tokens: Tensor,
-    words: Sequence[int],
+    words: Sequence[Word],
     whole: Tensor,
     weights: Tensor,
     hiding: Hiding,
@@ -331,8 +346,8 @@ def _hide(
         Of the image, behind the bridge if that takes each region by itself, and else before it.
     tokens : Tensor
         (T + 1,) of the caption, from ``<bos>`` on.
-    words : sequence of int
-        W places in it.
+    words : sequence of Word
+        W words of it.
     whole, weights : Tensor
         (T,) log-probabilities and (T, N), with nothing hidden.
     """
@@ -342,19 +357,21 @@ def _hide(
     if count == regions:
         return []
     order = torch.rand(len(words), variants, len(exists), generator=generator).to(weights)
-    order[:, 0] = weights[words]
+    order[:, 0] = by_word(weights, words)
     order.masked_fill_(~exists, -1)
     masks = exists.expand(order.shape).scatter(-1, order.topk(count).indices, False).flatten(0, 1)
     # A hidden region does not exist for the model: not for the first state, nor for any word.
     seen = Annotations(bridged.values.expand(len(masks), -1, -1), masks, bridged.grid)
     memory = model.decoder.memory(seen if model.bridge.regionwise else model.bridge(seen))
-    places = torch.tensor(words, device=tokens.device).repeat_interleave(variants)
-    before = model.embed(tokens[: max(words) + 1]).expand(len(masks), -1, -1)
-    lengths = places[:, None] + 1 if model.device.type == "cpu" else None  # what comes later changes nothing
+    stops = torch.tensor([word.stop for word in words], device=tokens.device).repeat_interleave(variants)
+    before = model.embed(tokens[: max(word.stop for word in words)]).expand(len(masks), -1, -1)
+    lengths = stops[:, None] if model.device.type == "cpu" else None  # what comes later changes nothing
     outputs = model.decoder(before, memory, need_weights=False, lengths=lengths).outputs
-    outputs = outputs[torch.arange(len(masks), device=outputs.device), places]
-    losses = whole[places] - _scores(model, outputs).gather(-1, tokens[places + 1, None])[:, 0]
-    losses = losses.view(len(words), variants).double().cpu()
+    # A row for each unit of a word, in each variant.
+    units = [(row, t) for row in range(len(masks)) for t in range(*words[row // variants][1:])]
+    rows, places = torch.tensor(units, device=outputs.device).T
+    lost = whole[places] - _scores(model, outputs[rows, places]).gather(-1, tokens[places + 1, None])[:, 0]
+    losses = lost.new_zeros(len(masks)).index_add(0, rows, lost).view(len(words), variants).double().cpu()
     strongest, random = losses[:, 0], losses[:, 1:]
     smaller = (random < strongest[:, None]).double().mean(1)
     return list(zip(strongest.tolist(), random.mean(1).tolist(), smaller.tolist(), strict=True))

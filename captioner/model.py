@@ -34,8 +34,7 @@ from captioner.errors import InputError
 from captioner.images import Preprocessing, read_image
 from captioner.region_files import check_regions, pad_regions, read_regions
 from captioner.search import Hypothesis, Limits, Samples, StepFunction, beam_search, draw, sample
-from captioner.tokens import detokenize, tokenize
-from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
+from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, Word, pad, restore
 
 # All that a checkpoint can name. Nothing else is ever built from a file.
 PARTS: dict[str, type] = {
@@ -122,16 +121,10 @@ def find_captions(
     Raises
     ------
     InputError
-        Where captions are to begin with a word that is not in the vocabulary, or an image has no caption, since the
-        log-probabilities are not numbers.
+        Where the limits are none that the vocabulary can keep, see :func:`limits_of`, or an image has no caption, since
+        the log-probabilities are not numbers.
     """
-    limits = Limits(
-        decoding.min_words,
-        decoding.max_words,
-        decoding.no_repeat_ngram,
-        (PAD, UNKNOWN, *_banned(decoding, vocabulary)),
-        tuple(_prefix(decoding, vocabulary)),
-    )
+    limits = limits_of(decoding, vocabulary)
     settings: dict[str, Any] = {
         "begin": BEGIN,
         "end": END,
@@ -166,25 +159,44 @@ def find_captions(
     return found
 
 
-def _banned(decoding: Decoding, vocabulary: Vocabulary) -> list[int]:
-    # A word list of the user's own may hold words that would not be cut so.
-    words = [word for said in decoding.ban for word in (said, *tokenize(said))]
-    return [index for index in _ids(vocabulary, words) if index != UNKNOWN]
+def limits_of(decoding: Decoding, vocabulary: Vocabulary) -> Limits:
+    """Return what a caption may be, in the ids of a vocabulary.
 
-
-def _prefix(decoding: Decoding, vocabulary: Vocabulary) -> list[int]:
-    words = decoding.first_words
-    ids = _ids(vocabulary, words)
-    for word, index in zip(words, ids, strict=True):
-        if index == UNKNOWN:
-            raise InputError(
-                f"Captions are to begin with {word!r}, which the model does not know: choose another word."
-            )
-    return ids
-
-
-def _ids(vocabulary: Vocabulary, words: Sequence[str]) -> list[int]:
-    return vocabulary.encode(words, max_words=len(words))[1:-1]  # without begin and end
+    Raises
+    ------
+    InputError
+        Where captions are to begin with what is not in the vocabulary, with more than their longest, or with what is
+        banned, or more than a word is banned at once.
+    """
+    longest = vocabulary.longest if decoding.max_words is None else decoding.max_words
+    if decoding.min_words > longest:
+        raise InputError(
+            f"`min_words` {decoding.min_words} is more than `max_words` {longest}: lower the first or raise the second."
+        )
+    first = vocabulary.cut(decoding.begin_with)
+    if unknown := vocabulary.unknown(first):
+        raise InputError(
+            f"Captions are to begin with {unknown[0]!r}, which the model does not know: choose another word."
+        )
+    if len(first) > longest:
+        raise InputError(
+            f"`begin_with` {decoding.begin_with!r} is longer than `max_words` {longest}: shorten the one or raise the "
+            "other."
+        )
+    banned = {index: said for said in decoding.ban for index in vocabulary.ban(said)}
+    prefix = vocabulary.encode(first, max_words=len(first))[1:-1]  # without begin and end
+    for index in prefix:
+        if index in banned:
+            raise InputError(f"{banned[index]!r} is in both `ban` and `begin_with`: take it out of one of them.")
+    parts = vocabulary.filter(decoding.ban, decoding.no_repeat_ngram)
+    return Limits(
+        decoding.min_words,
+        longest,
+        0 if parts else decoding.no_repeat_ngram,
+        (PAD, UNKNOWN, *banned),
+        tuple(prefix),
+        parts,
+    )
 
 
 def _diverged() -> InputError:
@@ -202,18 +214,19 @@ class Caption:
     text : str
         The caption, to be read.
     words : list of str
-        Its T words.
+        Its T words, as people read them, whether the model says words, characters or byte pairs.
     log_probability : float
         The model's natural log-probability of the words and the end after them.
     score : float
         What the search ranked it by: the log-probability, normalised by length, and less what diversity cost. Of a
         caption that was given and not found, the log-probability.
     attention : Tensor or None
-        (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention, or if not wanted.
+        (T, N) float32 on the CPU, each row summing to 1; None from a decoder without attention, or if not wanted. Of a
+        word that is said by several characters or byte pairs it is the mean over these.
     grid : tuple of int or None
         (h, w) with h * w == N where the regions are a grid, row by row.
     gates : Tensor or None
-        (T,) values of the gate beta; None from a decoder without it.
+        (T,) values of the gate beta, likewise; None from a decoder without it.
     """
 
     text: str
@@ -321,9 +334,9 @@ class ImageCaptioner(ABC, Generic[Seen]):
         image : image
             One of those that :meth:`caption` takes.
         caption : str
-            To be cut into words as the captions of training were (`captioner.tokens.tokenize`): lower case, without
-            punctuation. A word that the model does not know is read as ``<unk>``, and warned of: it says little where
-            the model would look for that word.
+            To be cut into words, characters or byte pairs as the captions of training were (`Vocabulary.cut`): words in
+            lower case, without punctuation. One that the model does not know is read as ``<unk>``, and warned of: it
+            says little where the model would look for that word.
 
         Returns
         -------
@@ -339,7 +352,7 @@ class ImageCaptioner(ABC, Generic[Seen]):
         """
         vocabulary = self.captioners[0].vocabulary
         (attended,) = self.attend_annotations(self._see([image], 0), [caption])
-        if unknown := vocabulary.unknown(attended.words):
+        if unknown := vocabulary.unknown(vocabulary.cut(caption)):
             warnings.warn(unknown_words(unknown), stacklevel=2)
         return attended
 
@@ -441,7 +454,7 @@ def attend_together(
     The attention is the first member's.
     """
     vocabulary = members[0].vocabulary
-    said = [tokenize(caption) for caption in captions]
+    said = [vocabulary.cut(caption) for caption in captions]
     for caption, words in zip(captions, said, strict=True):
         if len(vocabulary.unknown(words)) == len(set(words)):
             raise InputError(
@@ -462,11 +475,19 @@ def attend_together(
     if not mean.isfinite().all():
         raise _diverged()
     attended = []
-    for row, (words, log_probability) in enumerate(zip(said, mean.flatten(1).sum(1).tolist(), strict=True)):
-        seen, opened = (None if part is None else part[row, 0, : len(words)] for part in (weights, gates))
-        grid = annotations[0].grid
-        attended.append(Caption(detokenize(words), words, log_probability, log_probability, seen, grid, opened))
+    for row, (units, log_probability) in enumerate(zip(said, mean.flatten(1).sum(1).tolist(), strict=True)):
+        read = vocabulary.read(units)
+        seen, opened = (None if part is None else by_word(part[row, 0], read) for part in (weights, gates))
+        grid, words = annotations[0].grid, [word.text for word in read]
+        attended.append(Caption(vocabulary.join(units), words, log_probability, log_probability, seen, grid, opened))
     return attended
+
+
+def by_word(values: Tensor, words: Sequence[Word]) -> Tensor:
+    """Return the means over the units of each of W words, (W, ...), of values by unit (T, ...)."""
+    if all(word.stop == word.start + 1 for word in words):
+        return values[[word.start for word in words]]
+    return torch.stack([values[word.start : word.stop].mean(0) for word in words])
 
 
 def _is_one(images: object) -> bool:
@@ -737,7 +758,7 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         image : path or PIL image
             What it looks at.
         words : sequence of str
-            T words, a caption's or any others; one that the model does not know is read as ``<unk>``.
+            T units of the vocabulary, words or others; one that the model does not know is read as ``<unk>``.
 
         Returns
         -------
@@ -781,9 +802,13 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         for image, hypotheses in enumerate(found):
             captions.append([])
             for place, (ids, log_probability, score) in enumerate(hypotheses):
-                said = self.vocabulary.decode(ids)
-                seen, opened = (None if part is None else part[image, place, : len(said)] for part in (weights, gates))
-                captions[-1].append(Caption(detokenize(said), said, log_probability, score, seen, grid, opened))
+                units = self.vocabulary.decode(ids)
+                read = self.vocabulary.read(units)
+                seen, opened = (
+                    None if part is None else by_word(part[image, place], read) for part in (weights, gates)
+                )
+                text, said = self.vocabulary.join(units), [word.text for word in read]
+                captions[-1].append(Caption(text, said, log_probability, score, seen, grid, opened))
         return captions
 
     def contents(self, scores: Mapping[str, float] | None = None) -> Contents:
@@ -791,7 +816,13 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
         settings = {**describe(self), "encoder": describe(self.encoder)}
         if isinstance(self.encoder, ForeignEncoder):
             settings["encoder"]["module"] = self.encoder.module_name
-        return Contents(settings, list(self.vocabulary.words), dict(self.state_dict()), dict(scores or {}))
+        return Contents(
+            settings,
+            list(self.vocabulary.words),
+            dict(self.state_dict()),
+            dict(scores or {}),
+            self.vocabulary.stored,
+        )
 
     @classmethod
     def from_contents(cls, contents: Contents, *, encoder: nn.Module | None = None) -> Captioner:
@@ -810,7 +841,7 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
             raise InputError("This checkpoint brings its own encoder: leave out the encoder that was given beside it.")
         model = cls(
             rebuild(described, *([] if encoder is None else [encoder])),
-            Vocabulary(contents.words),
+            restore(contents.words, contents.vocabulary, "the checkpoint"),
             **settings,
         )
         try:

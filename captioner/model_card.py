@@ -16,11 +16,14 @@ from captioner import __version__
 from captioner.attention_health import Health
 from captioner.datamodule import CaptionData
 from captioner.encoders import ForeignEncoder
-from captioner.metrics import diversity, interval, ptb_tokenize, resample
+from captioner.metrics import diversity, interval, resample
 from captioner.metrics.bootstrap import RESAMPLES
 from captioner.model import Captioner, describe
 from captioner.output_files import write
 from captioner.task import CaptioningTask
+from captioner.tokens import TOKENIZERS, tokenize
+
+UNKNOWN = {"words": "a word", "characters": "a character", "byte_pairs": "a pair of bytes"}
 
 
 def write_card(checkpoint: Path, task: CaptioningTask, seconds: float) -> Path:
@@ -85,7 +88,7 @@ def _model(captioner: Captioner) -> Iterator[tuple[str, str]]:
     yield "decoder", _in_words(decoder)
     tied = ", and the output layer has the same matrix" if captioner.tie_weights else ""
     yield "embedding", f"{captioner.embedding_dim} values a word{tied}; dropout {captioner.dropout}"
-    yield "vocabulary", f"{len(captioner.vocabulary.words):,} words"
+    yield "vocabulary", str(captioner.vocabulary)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in captioner.parameters()]
     learnt = sum(size for size, learns in sizes if learns)
     yield "parameters", f"{sum(size for size, _ in sizes):,}, of which {learnt:,} learn"
@@ -98,9 +101,10 @@ def _data(data: CaptionData) -> str:
         (data.splits[name], purpose, f"{len(data.records[name]):,}", f"{_captions(data, name):,}")
         for name, purpose in (("train", "training"), ("val", "validation"))
     ]
+    said = data.units.replace("_", " ")
     notes = [
-        f"Training captions are cut after {data.max_words} words; a word that they hold fewer than "
-        f"{data.minimum_count} times is unknown."
+        f"Training captions are cut after {data.longest} {said}; {UNKNOWN[data.units]} that they hold fewer than "
+        f"{data.minimum_count} times is {'not joined' if data.units == 'byte_pairs' else 'unknown'}."
     ]
     if data.flip:
         notes.append("Each image is mirrored half of the time, with left and right exchanged in its captions.")
@@ -158,7 +162,7 @@ def _scores(task: CaptioningTask) -> str:
         low, high = interval(values[:, index])
         rows.append((name, f"{100 * score.corpus:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"))
     attention = "" if task.health is None else f"\n\n{_attention(task.health)}"
-    found = diversity([ptb_tokenize(caption) for caption in task.captions.values()])
+    found = diversity([tokenize(caption, task.scored_by) for caption in task.captions.values()])
     return (
         f"Validation split `{split}`: {len(task.captions):,} images, decoded greedily, against their raw references; "
         f"times 100, with 95 % intervals from {RESAMPLES:,} bootstrap samples of the images.{chosen}\n\n"
@@ -183,13 +187,18 @@ def _attention(health: Health) -> str:
 
 
 def _limits(task: CaptioningTask) -> str:
-    words = len(task.captioner.vocabulary.words)
+    said = task.captioner.vocabulary
+    tokens = (
+        "cut into tokens by rules for English"
+        if task.scored_by == "ptb"
+        else f"cut into tokens in a way of its own ({TOKENIZERS[task.scored_by]})"
+    )
     limits = (
-        f"It writes in the language and the style of its training captions, with their {words:,} words and no others.",
+        f"It writes in the language and the style of its training captions, with their {said} and no others.",
         "Nothing is known of images of other sources than those above, nor was anything measured for some people, "
         "places or things apart.",
-        "The scores compare captions with people's by their words, cut into tokens by rules for English. They do not "
-        "say whether a caption is true. A wrong caption reads as sure as a right one.",
+        f"The scores compare captions with people's by their words, {tokens}. They do not say whether a caption is "
+        "true. A wrong caption reads as sure as a right one.",
         "What it says of people in photographs, such as their sex, age or doing, repeats how annotators guessed from "
         "looks: it says nothing of who somebody is.",
     )

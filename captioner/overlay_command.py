@@ -13,6 +13,7 @@ from captioner.caption_command import (
     DECODING,
     add_decoding,
     add_model,
+    checked,
     decoding_of,
     parse,
     progress_bar,
@@ -49,7 +50,7 @@ that are in it), a pattern such as 'trip/*.jpg', or @list.txt with a path in eac
   --shared-scale         one scale for all words, and not each its own
 
   --beam-size K          hypotheses (default 5); 1 is greedy and faster
-  --max-words N          the longest caption (default 20)
+  --max-words N          the longest caption (default 20 words, 120 characters or 40 byte pairs)
   --sample               draw a caption instead of searching the likeliest
   --device DEVICE        cpu (default), cuda, ...
 
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace, open_model: Callable[[], Captioner | Ensemb
             f"{len(paths)} images do not go into one {form.upper()}: write to a file that ends in .html or .pdf, or "
             "name one image."
         )
-    model = open_model()
+    model = checked(open_model(), decoding)
     with progress_bar(printed=False) as progress, saying_of_fonts(progress):
         images = _Overlays(model, paths, options.say, decoding, progress)
         settings: dict[str, Any] = {"view": options.view, "shared_scale": options.shared_scale}
@@ -207,10 +208,10 @@ class _Overlays:
 
     def _warn_of_unknown_words(self, caption: str) -> None:
         from captioner.model import unknown_words
-        from captioner.tokens import tokenize
 
-        words = tokenize(caption)
-        unknown = self.model.captioners[0].vocabulary.unknown(words)
+        vocabulary = self.model.captioners[0].vocabulary
+        words = vocabulary.cut(caption)
+        unknown = vocabulary.unknown(words)
         if 0 < len(unknown) < len(set(words)):  # where none is known, that is an error
             say(unknown_words(unknown), self.progress)
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from captioner import __version__
 from captioner.evaluation import FEWEST_TO_COMPARE, Evaluation, System, listed
 from captioner.metrics.bootstrap import RESAMPLES, Interval
+from captioner.tokens import TOKENIZERS
 
-TOKENIZER = "Penn Treebank as COCO's evaluation, lower case, without punctuation"
 DOCUMENT_FREQUENCIES = "those of these references, in every sample"
 
 
@@ -57,7 +57,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "train": None if training is None else str(training.path),
         "without_references": references.without,
         "reference_diversity": evaluation.human._asdict(),
-        "tokenizer": TOKENIZER,
+        "tokenizer": TOKENIZERS[references.tokenizer],
         "document_frequencies": DOCUMENT_FREQUENCIES,
         "document_frequencies_fingerprint": evaluation.fingerprint,
         "resamples": RESAMPLES,
@@ -108,7 +108,10 @@ def show(evaluation: Evaluation, console: Console) -> None:
         "Distinct captions, distinct tokens in them, tokens a caption; captions that break off (on a, with the)"
         + (", and that are no training caption." if evaluation.training else "."),
     ]
-    lines += [f"Tokens: {TOKENIZER}.", f"Document frequencies of CIDEr-D: {DOCUMENT_FREQUENCIES}."]
+    lines += [
+        f"Tokens: {TOKENIZERS[references.tokenizer]}.",
+        f"Document frequencies of CIDEr-D: {DOCUMENT_FREQUENCIES}.",
+    ]
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

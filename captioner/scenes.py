@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from captioner.errors import InputError
+from captioner.grammar import COUNTS, GRAMMARS, LONGEST, SHAPES, Count, Grammar, Mention, Name, Sentence
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
     "red": (208, 28, 36),
     "green": (24, 148, 48),
@@ -47,15 +47,9 @@ SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 SPLITS = ("train", "val", "seen", "unseen")
 
 RELATIONS = {"above": (1, -1), "below": (1, 1), "to the left of": (0, -1), "to the right of": (0, 1)}  # axis, sign
-COUNTS = {"two": 2, "three": 3, "four": 4}
-NOUNS = ("shapes", "objects")
-PICTURES = ("picture", "image")
-ARTICLES = ("a", "an", "the")
-FUNCTION_WORDS = (*PICTURES, "is", "are", "there", "shows", "with", "and", "where", "it")
 
 STATED_MARGIN = 0.1  # a caption states a relation only where the centres differ by this many sides of the image,
 JUDGED_MARGIN = 0.05  # and half of it is enough for a judge who is to be fair
-LONGEST = 16  # words
 SUBPIXELS = 4  # per pixel and axis: shapes are drawn finer and averaged, and boxes lie on this finer grid
 IMAGES_PER_SPLIT = 1_000_000  # ids of split k start here times k, whatever the sizes of the others
 
@@ -275,24 +269,7 @@ class Description(NamedTuple):
     boxes: tuple[tuple[Box, ...], ...]
 
 
-# A stands in relation R to B; a third object C, where there is one, stands in R to B too, or A in R to it.
-_TEMPLATES_OF_TWO = (
-    "{a} is {r} {b}",
-    "there is {a} {r} {b}",
-    "{r} {b} is {a}",
-    "{r} {b} there is {a}",
-    "{b} and {a} {r} it",
-    "{b} with {a} {r} it",
-    "the {picture} shows {a} {r} {b}",
-    "{count} {noun} where {a} is {r} {b}",
-    "there are {count} {noun} with {a} {r} {b}",
-    "the {picture} shows {count} {noun} and {a} is {r} {b}",
-)
-_TEMPLATE_OF_SUBJECTS = "{a} and {c} are {r} {b}"
-_TEMPLATE_OF_OBJECTS = "the {picture} shows {a} {r} {b} and {c}"
-
-
-def describe(scene: Scene, generator: np.random.Generator, number: int = 5) -> list[Description]:
+def describe(scene: Scene, generator: np.random.Generator, number: int = 5, language: str = "en") -> list[Description]:
     """Write distinct true captions, each of two or three objects by colour and shape and of one relation.
 
     Parameters
@@ -303,12 +280,15 @@ def describe(scene: Scene, generator: np.random.Generator, number: int = 5) -> l
         The source of all choices: objects, relation, order of mention, articles, sizes, counts.
     number
         How many captions.
+    language
+        Theirs: "en" or "ko".
 
     Raises
     ------
     InputError
         If no two objects of the scene stand clearly apart.
     """
+    grammar = grammar_of(language)
     related = [(a, b, _relation(a, b, scene.side)) for a in scene.objects for b in scene.objects if a is not b]
     clear = [(a, b, relation) for a, b, relation in related if relation]
     if not clear:
@@ -318,35 +298,35 @@ def describe(scene: Scene, generator: np.random.Generator, number: int = 5) -> l
     while len(texts) < number:
         a, b, relation = clear[generator.integers(len(clear))]
         third = {
-            _TEMPLATE_OF_SUBJECTS: [c for c, other, r in clear if other is b and r == relation and c is not a],
-            _TEMPLATE_OF_OBJECTS: [c for other, c, r in clear if other is a and r == relation and c is not b],
+            grammar.of_subjects: [c for c, other, r in clear if other is b and r == relation and c is not a],
+            grammar.of_objects: [c for other, c, r in clear if other is a and r == relation and c is not b],
         }
-        templates = [*_TEMPLATES_OF_TWO, *(template for template, objects in third.items() if objects)]
+        templates = [*grammar.of_two, *(template for template, objects in third.items() if objects)]
         template = templates[generator.integers(len(templates))]
         objects = third.get(template, [b])
-        text = template.format(
-            a=_phrase(a, generator),
-            b=_phrase(b, generator),
-            c=_phrase(objects[generator.integers(len(objects))], generator),
-            r=relation,
-            count=count,
-            noun=NOUNS[generator.integers(len(NOUNS))],
-            picture=PICTURES[generator.integers(len(PICTURES))],
-        )
+        sentence = Sentence(_name(a), _name(b), tuple(map(_name, objects)), relation, count)
+        text = grammar.write(template, sentence, generator)
         if len(text.split()) <= LONGEST:
             texts[text] = None
     words = [tuple(text.split()) for text in texts]
-    return [Description(" ".join(each), each, judge(each, scene).boxes) for each in words]
+    return [Description(" ".join(each), each, judge(each, scene, language).boxes) for each in words]
 
 
-def _phrase(item: SceneObject, generator: np.random.Generator) -> str:
-    """Name an object: always by colour and shape, sometimes by size."""
-    name = f"{item.colour} {item.shape}"
-    if generator.random() < 0.25:
-        name = f"{item.size} {name}"
-    if generator.random() < 0.3:
-        return f"the {name}"
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+def _name(item: SceneObject) -> Name:
+    return Name(item.size, item.colour, item.shape)
+
+
+def grammar_of(language: str) -> Grammar:
+    """Return the grammar of a language.
+
+    Raises
+    ------
+    InputError
+        Where there is none.
+    """
+    if language not in GRAMMARS:
+        raise InputError(f"The scenes have no captions in {language!r}: choose among {', '.join(GRAMMARS)}.")
+    return GRAMMARS[language]
 
 
 def _relation(a: SceneObject, b: SceneObject, side: int) -> str | None:
@@ -365,31 +345,6 @@ def _holds(relation: str, a: SceneObject, b: SceneObject, margin: float) -> bool
 
 
 # Judging
-
-
-class Mention(NamedTuple):
-    """An object named by words ``start`` to ``stop`` (exclusive) of a caption: [size] colour shape."""
-
-    start: int
-    stop: int
-    size: str | None
-    colour: str
-    shape: str
-
-
-class _Relation(NamedTuple):
-    start: int
-    stop: int
-    name: str
-
-
-class _Count(NamedTuple):
-    start: int
-    stop: int
-    value: int
-
-
-_Item = Mention | _Relation | _Count | str  # a str is a function word
 
 
 @dataclass(frozen=True)
@@ -418,7 +373,7 @@ class Judgement:
     boxes: tuple[tuple[Box, ...], ...]
 
 
-def judge(words: Sequence[str], scene: Scene) -> Judgement:
+def judge(words: Sequence[str], scene: Scene, language: str = "en") -> Judgement:
     """Judge a caption, whoever wrote it, by the scene itself.
 
     It is right if every object named exists (with the size said, if one is), every relation and every count is true,
@@ -432,14 +387,14 @@ def judge(words: Sequence[str], scene: Scene) -> Judgement:
         The caption's words, lower case.
     scene
         What it should describe.
+    language
+        The caption's: "en" or "ko".
     """
-    items, problems = _read(words)
-    links, dangling = _link(items)
+    items, links, problems = grammar_of(language).read(words)
     mentions = tuple(item for item in items if isinstance(item, Mention))
     found = {mention: _find(mention, scene) for mention in mentions}
     boxes: list[tuple[Box, ...]] = [()] * len(words)
 
-    problems += dangling
     for mention, named in found.items():
         if named is None or mention.size not in (None, named.size):
             problems.append(f"there is no {' '.join(words[mention.start : mention.stop])}")
@@ -457,7 +412,7 @@ def judge(words: Sequence[str], scene: Scene) -> Judgement:
             elif a is not None and b is not None and not _holds(relation.name, a, b, JUDGED_MARGIN * scene.side):
                 problems.append(f"the {a.colour} {a.shape} is not {relation.name} the {b.colour} {b.shape}")
     for item in items:
-        if isinstance(item, _Count):
+        if isinstance(item, Count):
             boxes[item.start : item.stop] = [tuple(each.box for each in scene.objects)] * (item.stop - item.start)
             if item.value != len(scene.objects):
                 problems.append(f"there are {len(scene.objects)} objects, not {item.value}")
@@ -471,92 +426,6 @@ def judge(words: Sequence[str], scene: Scene) -> Judgement:
 def _find(mention: Mention, scene: Scene) -> SceneObject | None:
     named = (mention.colour, mention.shape)
     return next((item for item in scene.objects if (item.colour, item.shape) == named), None)
-
-
-def _read(words: Sequence[str]) -> tuple[list[_Item], list[str]]:
-    """Read a caption's phrases in order, articles dropped, and what is wrong with them."""
-    items: list[_Item] = []
-    problems: list[str] = []
-    start = 0
-    while start < len(words):
-        word, phrase = words[start], _phrase_at(words, start)
-        if phrase is not None:
-            if isinstance(phrase, Mention):
-                match items:
-                    case [*_, Mention()]:
-                        problems.append(f"nothing joins the object at word {start + 1} to the one before")
-                    case [*_, Mention(colour=phrase.colour, shape=phrase.shape), "and"]:
-                        problems.append(f"the object at word {start + 1} is joined to itself")
-            items.append(phrase)
-            start = phrase.stop
-            continue
-        following = words[start + 1] if start + 1 < len(words) else ""
-        if word in ARTICLES:
-            if not any(following in nouns for nouns in (SIZES, COLOURS, SHAPES, PICTURES)):
-                problems.append(f"the article at word {start + 1} has no noun")
-        elif word in FUNCTION_WORDS:
-            if word == following:
-                problems.append(f"word {start + 1}, '{word}', is repeated")
-            items.append(word)
-        elif word in SIZES or word in COLOURS or word in SHAPES or word in COUNTS or word in NOUNS:
-            problems.append(f"word {start + 1}, '{word}', is part of no phrase")
-        else:
-            problems.append(f"word {start + 1}, '{word}', is unknown")
-        start += 1
-    if items and isinstance(items[-1], str) and items[-1] != "it":
-        problems.append(f"the caption breaks off after '{items[-1]}'")
-    return items, problems
-
-
-def _phrase_at(words: Sequence[str], start: int) -> Mention | _Relation | _Count | None:
-    """Read the phrase that starts at a word: an object, a relation or a count."""
-    for name in RELATIONS:
-        stop = start + len(name.split())
-        if " ".join(words[start:stop]) == name:
-            return _Relation(start, stop, name)
-    first, second, third = (*words[start : start + 3], "", "", "")[:3]
-    if first in COUNTS and second in NOUNS:
-        return _Count(start, start + 2, COUNTS[first])
-    if first in COLOURS and second in SHAPES:
-        return Mention(start, start + 2, None, first, second)
-    if first in SIZES and second in COLOURS and third in SHAPES:
-        return Mention(start, start + 3, first, second, third)
-    return None
-
-
-def _link(items: Sequence[_Item]) -> tuple[list[tuple[_Relation, list[Mention], Mention]], list[str]]:
-    """Link every relation's subjects to its object: "A is R B", "A and C are R B", "R B is A", "B and A R it"."""
-    links: list[tuple[_Relation, list[Mention], Mention]] = []
-    problems: list[str] = []
-    for k, relation in enumerate(items):
-        if not isinstance(relation, _Relation):
-            continue
-        before, after = list(items[:k]), list(items[k + 1 :])
-        verb = before.pop() if before and before[-1] in ("is", "are") else None
-        subjects: list[Mention] = []
-        while before and isinstance(subject := before.pop(), Mention):
-            subjects.append(subject)
-            if verb != "are" or not before or before.pop() != "and":
-                break
-        target = after[0] if after else None
-        if target == "it":  # what was named last before the subject
-            target = next((item for item in reversed(before) if isinstance(item, Mention)), None)
-        elif not subjects and verb is None:
-            following = [item for item in after[1:4] if item != "there"]
-            if following[:1] == ["is"]:
-                subjects += [item for item in following[1:2] if isinstance(item, Mention)]
-        if not subjects or not isinstance(target, Mention):
-            problems.append(f"'{relation.name}' does not relate two objects")
-        elif any((a.colour, a.shape) == (target.colour, target.shape) for a in subjects):
-            problems.append(f"'{relation.name}' relates an object to itself")
-        else:
-            links.append((relation, subjects, target))
-            match after:  # "A R B and C" says that A is R both, unless C begins a clause of its own
-                case [Mention(), "and", Mention() as second, *rest] if not rest or not (
-                    isinstance(rest[0], _Relation) or rest[0] in ("is", "are")
-                ):
-                    links.append((relation, subjects, second))
-    return links, problems
 
 
 # Pointing
@@ -581,7 +450,7 @@ class Pointing(NamedTuple):
 
 
 def pointing(
-    judgement: Judgement, weights: NDArray[np.floating[Any]], grid: tuple[int, int], scene: Scene
+    judgement: Judgement, weights: NDArray[np.floating[Any]], grid: tuple[int, int], scene: Scene, language: str = "en"
 ) -> list[Pointing]:
     """Play the pointing game (Zhang et al., 2016) with every colour and shape word of a caption.
 
@@ -595,12 +464,15 @@ def pointing(
         Rows and columns of the regions, which divide the whole image evenly; their product is N.
     scene
         The scene that was captioned.
+    language
+        The caption's.
 
     Raises
     ------
     ValueError
         If the weights do not fit the words or the grid.
     """
+    grammar = grammar_of(language)
     rows, columns = grid
     if weights.shape != (len(judgement.words), rows * columns):
         raise ValueError(f"weights of {weights.shape} do not fit {len(judgement.words)} words and a grid of {grid}")
@@ -608,7 +480,7 @@ def pointing(
     cells = [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y in range(rows) for x in range(columns)]
     pointings = []
     for k, word in enumerate(judgement.words):
-        if word in COLOURS or word in SHAPES:
+        if grammar.names(word):
             overlaps = [any(_overlap(cell, box) for box in judgement.boxes[k]) for cell in cells]
             pointings.append(Pointing(k, overlaps[int(weights[k].argmax())], sum(overlaps) / len(overlaps)))
     return pointings
@@ -624,6 +496,7 @@ def write_scenes(
     side: int = 96,
     progress: Callable[[int], None] | None = None,
     pairs: Sequence[tuple[str, str]] = SEEN_PAIRS,
+    language: str = "en",
 ) -> None:
     """Draw and caption scenes and write them as a data set in COCO's captions format.
 
@@ -647,17 +520,21 @@ def write_scenes(
         Called after each scene with the number of scenes written so far, over all splits.
     pairs
         As for `compose`: fewer make an easier data set.
+    language
+        The captions': "en" or "ko".
 
     Raises
     ------
     InputError
-        If a split is unknown or of an impossible size, or as `compose`.
+        If a split is unknown or of an impossible size, the language is unknown, or as `compose`.
     """
     for split, size in sizes.items():
         if split not in SPLITS:
             raise InputError(f"there is no split '{split}' of the scenes: choose among {', '.join(SPLITS)}")
         if not 0 <= size < IMAGES_PER_SPLIT:
             raise InputError(f"split '{split}' cannot have {size} scenes: choose 0 to {IMAGES_PER_SPLIT - 1}")
+    grammar_of(language)
+    spoken = {} if language == "en" else {"language": language}
     written = 0
     for split, size in sizes.items():
         (directory / split).mkdir(parents=True, exist_ok=True)
@@ -667,7 +544,7 @@ def write_scenes(
         scenes: dict[int, dict[str, Any]] = {}
         for number in range(1, size + 1):
             scene = compose(generator, unseen=split == "unseen", side=side, pairs=pairs)
-            descriptions = describe(scene, generator)
+            descriptions = describe(scene, generator, language=language)
             image_id = SPLITS.index(split) * IMAGES_PER_SPLIT + number
             name = f"{number:06d}.png"
             scene.draw().save(directory / split / name, compress_level=1)
@@ -680,13 +557,13 @@ def write_scenes(
             if progress is not None:
                 progress(written)
         captions = {
-            "info": {"description": f"captioner's drawn scenes: {split}, seed {seed}"},
+            "info": {"description": f"captioner's drawn scenes: {split}, seed {seed}"} | spoken,
             "licenses": [],
             "images": images,
             "annotations": annotations,
         }
-        (directory / f"captions_{split}.json").write_text(json.dumps(captions), encoding="utf-8")
-        (directory / f"scenes_{split}.json").write_text(json.dumps(scenes), encoding="utf-8")
+        (directory / f"captions_{split}.json").write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
+        (directory / f"scenes_{split}.json").write_text(json.dumps(scenes, ensure_ascii=False), encoding="utf-8")
 
 
 def _caption_json(description: Description, scene: Scene) -> dict[str, Any]:

@@ -66,6 +66,9 @@ class Limits:
         Ids that are never chosen. What is left is not renormalised.
     prefix : tuple of int
         The first words, at most `max_words`; they count as others do. They alone may be banned, or repeat themselves.
+    filter : callable, optional
+        Takes the ids that a hypothesis has said and returns those that may not follow. It is asked for each hypothesis
+        by itself, which takes time.
     """
 
     min_words: int = 0
@@ -73,6 +76,7 @@ class Limits:
     no_repeat_ngram: int = 0
     banned: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
+    filter: Callable[[Sequence[int]], Sequence[int]] | None = None
 
 
 class _Batch:
@@ -125,6 +129,9 @@ class _Batch:
             again = (ngrams[..., :-1] == unfinished).all(3)
             # The begin token, which may not follow anyway, stands for none.
             log_probabilities.scatter_(2, ngrams[..., -1].where(again, self._begin), -torch.inf)
+        if limits.filter is not None:
+            for scores, tokens in zip(log_probabilities.flatten(0, 1), self.tokens.flatten(0, 1).tolist(), strict=True):
+                scores[limits.filter(tokens)] = -torch.inf
         if said >= limits.min_words and self._end not in limits.banned:
             return log_probabilities, None
         log_probabilities[..., self._end] = -torch.inf

@@ -9,6 +9,7 @@ Shapes: B images, K samples of each, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Generic, NamedTuple
 
 import torch
@@ -17,12 +18,12 @@ from torch.nn import functional as F
 
 from captioner.attention import Annotations
 from captioner.errors import InputError
-from captioner.metrics import CIDErD, DocumentFrequencies, ptb_tokenize
+from captioner.metrics import CIDErD, DocumentFrequencies
 from captioner.metrics.score import ImageId
 from captioner.model import Captioner
 from captioner.objectives import CrossEntropy, average
 from captioner.search import Samples
-from captioner.tokens import detokenize
+from captioner.tokens import TokenizerChoice, choose_tokenizer, tokenize
 from captioner.vocabulary import BEGIN, END, PAD, SPECIAL, Vocabulary
 
 END_WORD = SPECIAL[END]
@@ -40,6 +41,8 @@ class Reward(Generic[ImageId]):
         For each image its captions as published. Document frequencies are counted over these.
     vocabulary : Vocabulary
         What the ids of drawn captions mean.
+    tokenizer : str
+        That of the metric; "auto" chooses by the references.
 
     Raises
     ------
@@ -47,9 +50,15 @@ class Reward(Generic[ImageId]):
         If there is no image, or one without a caption.
     """
 
-    def __init__(self, references: Mapping[ImageId, Sequence[str]], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        references: Mapping[ImageId, Sequence[str]],
+        vocabulary: Vocabulary,
+        tokenizer: TokenizerChoice = "auto",
+    ) -> None:
+        self._tokenizer = choose_tokenizer(chain.from_iterable(references.values()), tokenizer)
         tokens = {
-            image_id: [[*ptb_tokenize(caption), END_WORD] for caption in captions]
+            image_id: [[*tokenize(caption, self._tokenizer), END_WORD] for caption in captions]
             for image_id, captions in references.items()
         }
         self.vocabulary, self._words = vocabulary, (*SPECIAL, *vocabulary.words)
@@ -72,7 +81,8 @@ class Reward(Generic[ImageId]):
     def _tokens(self, ids: Sequence[int]) -> list[str]:
         ends = END in ids
         words = [self._words[index] for index in ids[: ids.index(END) if ends else None]]
-        return [*ptb_tokenize(detokenize(words)), *([END_WORD] if ends else [])]
+        caption = self.vocabulary.join(words)
+        return [*tokenize(caption, self._tokenizer), *([END_WORD] if ends else [])]
 
 
 class SelfCriticalLoss(NamedTuple):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from captioner.attention import Annotations
 from captioner.encoders import Encoder
 from captioner.errors import InputError
 from captioner.images import Preprocessing
-from captioner.metrics import CIDErD, Comparison, Score, bleu, interval, ptb_tokenize, resample
+from captioner.metrics import CIDErD, Comparison, Score, bleu, interval, resample
 from captioner.model import Captioner, rebuild
 from captioner.output_files import write
 from captioner.study import Row
+from captioner.tokens import Tokenizer, choose_tokenizer, tokenize
 from captioner.vocabulary import BEGIN, Vocabulary
 
 ImageId = str | int
@@ -182,14 +184,17 @@ def score(
     InputError
         If a run has captioned other images.
     """
-    tokens = {image_id: [ptb_tokenize(caption) for caption in captions] for image_id, captions in references.items()}
+    tokenizer = choose_tokenizer(chain.from_iterable(references.values()))
+    tokens = {
+        image_id: [tokenize(caption, tokenizer) for caption in captions] for image_id, captions in references.items()
+    }
     scorer = CIDErD(tokens)
 
     def scores(result: Result) -> list[Score]:
-        said = _tokens(result.captions, tokens)
+        said = _tokens(result.captions, tokens, tokenizer)
         found = [scorer.score(said), bleu(tokens, said)["BLEU-4"]]
         if result.uniform_captions is not None:
-            found.append(scorer.score(_tokens(result.uniform_captions, tokens)))
+            found.append(scorer.score(_tokens(result.uniform_captions, tokens, tokenizer)))
         return found
 
     scored = {row: [scores(result) for result in of_row] for row, of_row in results.items()}
@@ -219,14 +224,14 @@ def score(
     return lines
 
 
-def _tokens(captions: Captions, references: Mapping[ImageId, Any]) -> dict[ImageId, list[str]]:
+def _tokens(captions: Captions, references: Mapping[ImageId, Any], tokenizer: Tokenizer) -> dict[ImageId, list[str]]:
     """Return the captions' tokens in the order of the references, without which images could not be drawn alike."""
     if captions.keys() != references.keys():
         raise InputError(
             f"A run has captioned {len(captions)} images that are not the study's {len(references)}: delete its "
             "result, and it is made again."
         )
-    return {image_id: ptb_tokenize(captions[image_id]) for image_id in references}
+    return {image_id: tokenize(captions[image_id], tokenizer) for image_id in references}
 
 
 @torch.inference_mode()

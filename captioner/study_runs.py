@@ -23,7 +23,7 @@ from captioner.cache_folder import say
 from captioner.checkpoint import unpack
 from captioner.errors import InputError
 from captioner.faithfulness import content_words, intervene, relative_entropies, texts, uniform
-from captioner.model import Captioner, describe
+from captioner.model import Captioner, by_word, describe
 from captioner.output_files import write
 from captioner.study import OWN, Row, Study
 from captioner.study_results import Captions, ImageId, Result, milliseconds, score
@@ -330,9 +330,10 @@ def caption(model: Captioner, batches: Iterable[tuple[list[ImageId], Annotations
         _, weights, _ = model(seen, tokens)
         if weights is not None:
             attends = True
-            of_words = relative_entropies(weights[:, 0], seen.existing())
+            exists = seen.existing()
             for image, ids in enumerate(best):
-                entropies += of_words[image, content_words(model, ids)].tolist()
+                meant = by_word(weights[image, 0], content_words(model, ids))
+                entropies += relative_entropies(meant[None], exists[image : image + 1])[0].tolist()
             with intervene(model, uniform):
                 found = model.search(seen, **search)
             blind = texts(model, [hypotheses[0].tokens for hypotheses in found])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from captioner.output_files import check_writable
 from captioner.results import write_results
 from captioner.search import Hypothesis
 from captioner.self_critical import Reward, SelfCritical
-from captioner.vocabulary import Vocabulary
+from captioner.tokens import Tokenizer, choose_tokenizer
+from captioner.vocabulary import Vocabulary, restore
 
 HIDING = Hiding()  # of regions, in the test; its seed serves all that the test draws
 REWARD = "reward"  # where a checkpoint of self-critical training says by whose document frequencies it was rewarded
@@ -85,8 +87,9 @@ class CaptioningTask(LightningModule):
         Of the test.
     length_penalty : float
         Of the test: 0 ranks by log-probability, 1 by its mean per token.
-    max_words : int
-        Longest caption in validation and test.
+    max_words : int, optional
+        Longest caption in validation and test, in words, or in characters or byte pairs where the model says these; by
+        default 20, 120 and 40 of them.
     compile : bool
         Compile the decoder for training with :func:`torch.compile`, which wants a C++ compiler for a CPU.
     initial_weights : Path, optional
@@ -107,6 +110,8 @@ class CaptioningTask(LightningModule):
     ----------
     scored : dict of str to Score
         What the last validation or test of all images gave.
+    scored_by : str
+        The tokenizer of those scores.
     captions : dict
         What was scored, by image.
     evaluation : Evaluation or None
@@ -138,7 +143,7 @@ class CaptioningTask(LightningModule):
         warmup: float = 0.05,
         beam_size: int = 5,
         length_penalty: float = 0.7,
-        max_words: int = 20,
+        max_words: int | None = None,
         compile: bool = False,
         initial_weights: Path | None = None,
         ensemble: list[Path] | Path | None = None,
@@ -172,6 +177,7 @@ class CaptioningTask(LightningModule):
         self._members: Ensemble | None = None
         self.scores: dict[str, float] = {}
         self.scored: dict[str, Score] = {}
+        self.scored_by: Tokenizer = "ptb"
         self.captions: dict[str | int, str] = {}
         self.evaluation: Evaluation | None = None
         self.health: Health | None = None
@@ -240,7 +246,9 @@ class CaptioningTask(LightningModule):
                     "word_presence teaches the encoder, which is frozen here: set model.word_presence to 0, or the "
                     "encoder's learns to true."
                 )
-            self.presence = WordPresence(self._encoder[0].annotation_dim, len(vocabulary))
+            # Of words in any case: that some letter is in a caption says nothing about the image.
+            words = vocabulary if self.data.words is None else self.data.words
+            self.presence = WordPresence(self._encoder[0].annotation_dim, len(words))
         if self.encoder_learning_rate is not None and not self._encoder[0].learns:
             raise InputError(
                 "encoder_learning_rate is for an encoder that learns, and this one is frozen: set "
@@ -266,10 +274,11 @@ class CaptioningTask(LightningModule):
             self.captioner.encoder.load_weights()
             return
         contents = read(self.initial_weights)
-        if Vocabulary(contents.words) != self.captioner.vocabulary:
+        vocabulary = restore(contents.words, contents.vocabulary, self.initial_weights)
+        if vocabulary != self.captioner.vocabulary:
             raise InputError(
-                f"{self.initial_weights} of model.initial_weights knows {len(contents.words)} words, but not those of "
-                "these training captions: give the captions and the minimum_count that it was trained with."
+                f"{self.initial_weights} of model.initial_weights knows {vocabulary}, but not those of these training "
+                "captions: give the captions, the units and the minimum_count that it was trained with."
             )
         if wrong := _differing(self.captioner.state_dict(), contents.tensors):
             raise InputError(
@@ -347,7 +356,8 @@ class CaptioningTask(LightningModule):
         else:
             total, parts = self._cross_entropy(self.objective, annotations, batch.tokens)
         if self.presence is not None:
-            parts["word_presence"] = self.presence(annotations, batch.tokens)
+            words = batch.tokens if batch.words is None else batch.words
+            parts["word_presence"] = self.presence(annotations, words)
             total = total + self.word_presence * parts["word_presence"]
         size = len(batch.image_ids)
         # Over all processes, in one message: Lightning's sync_dist sends two for each value.
@@ -370,13 +380,14 @@ class CaptioningTask(LightningModule):
         self, objective: SelfCritical, annotations: Annotations, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.tokens is not None
-        loss = objective(self.captioner, annotations, batch.tokens, batch.image_ids, self.reward, self.max_words)
+        limit = self.captioner.vocabulary.longest if self.max_words is None else self.max_words
+        loss = objective(self.captioner, annotations, batch.tokens, batch.image_ids, self.reward, limit)
         return loss.total, {"reward": loss.reward, "cross_entropy": loss.cross_entropy}
 
     @cached_property
     def reward(self) -> Reward[str | int]:
         """What drawn captions of the training images are rewarded by."""
-        return Reward(self.data.references("train"), self.captioner.vocabulary)
+        return Reward(self.data.references("train"), self.captioner.vocabulary, self.data.tokenizer)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the captions of the last round."""
@@ -470,7 +481,8 @@ class CaptioningTask(LightningModule):
         self._gather()
         references = self.data.references("val")
         wanted = {image_id: references[image_id] for image_id in self.captions}
-        self._note("val", score_captions(wanted, self.captions))
+        self.scored_by = choose_tokenizer(chain.from_iterable(wanted.values()), self.data.tokenizer)
+        self._note("val", score_captions(wanted, self.captions, self.scored_by))
         self.health = sum_up(self._looks)
         if self.health is not None:
             figures = {name: value for name, value in self.health._asdict().items() if isinstance(value, float)}
@@ -485,7 +497,9 @@ class CaptioningTask(LightningModule):
             Path(str(self.data.files).replace("{split}", split)),
             split,
             [record for record in self.data.records["test"] if record.image_id in self.captions],
+            self.data.tokenizer,
         )
+        self.scored_by = references.tokenizer
         self.captions = {image_id: self.captions[image_id] for image_id in references.records}
         source = Path([*self._checkpoints, "the model"][0])
         self.evaluation = evaluate_captions(references, [(source, self.captions)])
@@ -495,6 +509,7 @@ class CaptioningTask(LightningModule):
                 references.tokens,
                 self.captions,
                 self._looks,
+                tokenizer=references.tokenizer,
                 beam_size=self.beam_size,
                 seed=HIDING.seed,
                 hidden=HIDING.share,
@@ -584,12 +599,12 @@ class CaptioningTask(LightningModule):
             holds no state of the optimiser to go on from, or one that trained other parts.
         """
         contents = unpack(checkpoint, "The file of --ckpt_path")
-        vocabulary = Vocabulary(contents.words)
+        vocabulary = restore(contents.words, contents.vocabulary, "the file of --ckpt_path")
         if self.trainer.state.fn == TrainerFn.FITTING:
             if vocabulary != self.data.vocabulary:
                 raise InputError(
-                    f"The checkpoint knows {len(contents.words)} words, but not those of these training captions: go "
-                    "on with the captions and the minimum_count that it was trained with."
+                    f"The checkpoint knows {vocabulary}, but not those of these training captions: go on with the "
+                    "captions, the units and the minimum_count that it was trained with."
                 )
             if "optimizer_states" not in checkpoint:
                 raise InputError(

@@ -31,6 +31,7 @@ from captioner.errors import InputError
 from captioner.model_card import write_card
 from captioner.report import remarks, show
 from captioner.task import CaptioningTask
+from captioner.tokens import TOKENIZERS, Tokenizer
 from captioner.validation_pictures import ValidationPictures
 
 MONITOR = "val/CIDEr-D"
@@ -283,11 +284,13 @@ def train(args: Sequence[str]) -> TrainingCLI:
         if cli.subcommand == "fit":
             path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
             if path:  # none after a run without validation
-                print_scores(checkpoint.read(path).scores, f"Best of {cli.datamodule.splits['val']}, greedy")
+                scores = checkpoint.read(path).scores
+                print_scores(scores, f"Best of {cli.datamodule.splits['val']}, greedy", cli.model.scored_by)
                 Console().print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
         elif cli.subcommand == "validate":
             split = cli.datamodule.splits["val"]
-            print_scores(cli.model.scores, f"{split}, {cli.model.scored_images} images, beam 1")
+            images = f"{split}, {cli.model.scored_images} images, beam 1"
+            print_scores(cli.model.scores, images, cli.model.scored_by)
             if cli.model.health is not None:
                 say(f"Attention: {attention_health.in_words(cli.model.health)}")
                 attention_health.warn(cli.model.health)
@@ -467,10 +470,12 @@ def check_files(args: Sequence[str]) -> None:
                 raise InputError(f"The configuration {path} holds no settings: write some, as in configs/scenes.yaml.")
 
 
-def print_scores(scores: Mapping[str, float], title: str) -> None:
-    """Print scores as people quote them, times 100."""
+def print_scores(scores: Mapping[str, float], title: str, tokenizer: Tokenizer) -> None:
+    """Print scores as people quote them, times 100, and by which tokens."""
     table = Table(title=f"{title} (times 100)")
     for name in scores:
         table.add_column(name, justify="right")
     table.add_row(*(f"{100 * value:.1f}" for value in scores.values()))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"Tokens: {TOKENIZERS[tokenizer]}.", highlight=False, soft_wrap=True)

@@ -23,7 +23,6 @@ from captioner.images import read_image
 from captioner.model import Caption
 from captioner.overlay import draw_overlay
 from captioner.task import CaptioningTask
-from captioner.tokens import tokenize
 
 REFERENCES = 5  # that are shown, at most
 LETTERS = 200  # of a reference, at most: some captions are paragraphs
@@ -109,13 +108,14 @@ def spread(items: Sequence[int], count: int) -> list[int]:
 def _attend(task: CaptioningTask, trainer: Trainer, photographs: dict[int, Image.Image]) -> dict[int, Caption]:
     """Return the captions that were scored, with their attention from one teacher-forced pass."""
     captioner, records = task.captioner, task.data.records["val"]
+    vocabulary = captioner.vocabulary
     said = {index: task.captions[records[index].image_id] for index in photographs}
     captions = {index: _silent(text) for index, text in said.items()}
     # An untrained model may say nothing.
     spoken = [
         index
         for index, text in said.items()
-        if len(captioner.vocabulary.unknown(words := tokenize(text))) < len(set(words))
+        if len(vocabulary.unknown(units := vocabulary.cut(text))) < len(set(units))
     ]
     if not spoken:
         return captions

@@ -26,6 +26,7 @@ from captioner.decoding import Decoding
 from captioner.images import find_images
 from captioner.model import Captioner
 from captioner.results import read_results
+from captioner.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_every_setting_of_decoding_has_a_flag_that_tells_its_default():
     assert [flag.field for flag in DECODING] == [field.name for field in fields(Decoding)]
     for flag in DECODING:
         default = re.search(r"\(default ([\d.]+)", flag.help)
-        value = getattr(Decoding(), flag.field)
+        value = Vocabulary.longest if flag.field == "max_words" else getattr(Decoding(), flag.field)
         assert (default and flag.type(default[1])) == (value or (0 if flag.type is int else None)), flag
 
 

@@ -14,6 +14,7 @@ from captioner.cache_folder import Index
 from captioner.datamodule import CaptionData, CaptionedImages, batches, has_room, read_ahead
 from captioner.errors import InputError
 from captioner.images import Preprocessing
+from captioner.tokens import mirror_text
 from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN
 
 SQUASH = Preprocessing("squash", 16)
@@ -462,3 +463,48 @@ def test_drawn_scenes_come_through(scenes):
     data = ready(files)
     found = [batch.tokens.shape[:2] for batch in data.train_dataloader()]
     assert sum(images for images, _ in found) == 22 and {captions for _, captions in found} == {5}
+
+
+# Characters and byte pairs
+
+
+@pytest.mark.parametrize("units", ["characters", "byte_pairs"])
+def test_captions_are_cut_as_asked_and_their_words_come_beside_them(units, files):
+    torch.manual_seed(1)
+    data = ready(files, units=units, captions_per_image=2)
+    assert data.vocabulary.units == units and data.words == ready(files).vocabulary
+    for batch in data.train_dataloader():
+        for row, image_id in enumerate(batch.image_ids):
+            published = files.images[int(image_id.split()[1])].captions
+            for tokens, words in zip(batch.tokens[row].tolist(), batch.words[row].tolist(), strict=True):
+                text = data.vocabulary.text(tokens)  # capitals and signs are kept, and of the same caption
+                assert (text in published or text == "") and data.words.decode(words) == data.words.cut(text)
+    assert ready(files).train_dataloader().dataset.__getitems__([0]).words is None
+
+
+def test_a_caption_is_cut_after_as_many_units_as_asked(files):
+    data = ready(files, units="characters", max_words=5)
+    tokens = data.train_dataloader().dataset.__getitems__([0]).tokens[0, 0].tolist()
+    assert data.vocabulary.decode(tokens) == list("Dog o") and END not in tokens
+    assert data.longest == 5 and ready(files, units="characters").longest == 120
+
+
+def test_characters_are_mirrored_in_the_text(sides):
+    data = ready(sides, units="characters", flip=True)
+    dataset = data.train_dataloader().dataset
+    texts = [data.vocabulary.text(captions[0]) for captions in dataset.captions]
+    mirrored = [data.vocabulary.text(captions[0]) for captions in dataset.mirrored_captions]
+    assert mirrored == [mirror_text(text) for text in texts] != texts
+    words = [" ".join(data.words.decode(captions[0])) for captions in dataset.mirrored_words]
+    assert words == [" ".join(data.words.cut(text)) for text in mirrored]
+
+
+def test_what_cannot_be_with_other_languages_is_said(files):
+    with pytest.raises(InputError, match="data.units is 'letters': give words, characters or byte_pairs"):
+        ready(files, units="letters")
+    for place, record in enumerate(files.images):
+        files.images[place] = record._replace(captions=("개가 달린다",))
+    assert ready(files).vocabulary.tokenizer == "unicode"
+    assert ready(files, tokenizer="ptb").vocabulary.tokenizer == "ptb"
+    with pytest.raises(InputError, match="data.flip exchanges the English words"):
+        ready(files, flip=True)

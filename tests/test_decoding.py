@@ -34,8 +34,6 @@ from captioner.errors import InputError
         ({"diversity": 0.7}, "diversity has no effect without groups: set groups"),
         ({"diversity": 0.7, "sample": True}, "diversity has no effect without groups"),
         ({"ban": "dog"}, r"give \['dog'\]"),
-        ({"ban": ["hot dog"]}, "'hot dog' is 2 words .*single words"),
-        ({"ban": ["Dog"], "begin_with": "a dog"}, "'Dog' is in both ban and begin_with"),
         ({"begin_with": "a photo of", "max_words": 2}, "'a photo of' is longer than max_words 2"),
     ],
 )
@@ -51,19 +49,7 @@ def test_settings_at_their_ends_are_taken():
     Decoding(beam_size=1, length_penalty=0, max_words=0)
     Decoding(min_words=20, captions=5, groups=5, diversity=0)
     Decoding(sample=True, captions=100, top_p=1, temperature=1e-3)
-    assert Decoding(begin_with="a photo of", max_words=3).first_words == ["a", "photo", "of"]
-
-
-def test_a_beginning_is_cut_into_words_as_captions_are():
-    assert Decoding(begin_with="A photo, of the dog's ball").first_words == [
-        "a",
-        "photo",
-        "of",
-        "the",
-        "dog",
-        "'s",
-        "ball",
-    ]
+    Decoding(begin_with="a photo of", max_words=3)
 
 
 def test_a_decoding_may_be_compared_and_looked_up():

@@ -108,3 +108,14 @@ def test_the_recipe_is_found_in_the_checkout_and_in_an_installed_package(tmp_pat
     shutil.copy(demo.recipe("scenes.yaml"), installed)
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "captioner" / "demo.py"))
     assert demo.recipe("scenes.yaml") == installed / "scenes.yaml"
+
+
+def test_korean_captions_are_judged_and_scored_as_korean():
+    generator = np.random.default_rng(5)
+    composed = [compose(generator, unseen=False) for _ in range(10)]
+    descriptions = [describe(scene, generator, language="ko") for scene in composed]
+    captions = [told(each[0], scene) for each, scene in zip(descriptions, composed, strict=True)]
+    references = [[description.text for description in each] for each in descriptions]
+    scores = demo.score_scenes(captions, composed, references, "ko")
+    assert scores.right == scores.pointing == 1.0 and scores.bleu4 == pytest.approx(1.0)
+    assert demo.score_scenes(captions, composed, references).right == 0

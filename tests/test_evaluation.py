@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from random import Random
 
 import pytest
@@ -451,3 +452,46 @@ def test_a_caption_never_reaches_another_image(tmp_path_factory, captions, form)
     assert system.captions == marked
     assert system.scores["ROUGE-L"].per_image == pytest.approx(1)
     assert system.scores["BLEU-1"].per_image == pytest.approx(1, abs=1e-6)
+
+
+# Other languages
+
+KOREAN = {1: ["빨간 원이 있다.", "원이 하나 있다"], 2: ["파란 별", "별이 보인다"]}
+
+
+@pytest.fixture
+def korean(tmp_path):
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in KOREAN]
+    texts = [(number, text) for number, texts in KOREAN.items() for text in texts]
+    annotations = [{"id": key, "image_id": number, "caption": text} for key, (number, text) in enumerate(texts)]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_composed_and_decomposed_letters_score_alike(form, korean, results, tmp_path):
+    captions = [(number, unicodedata.normalize(form, texts[0])) for number, texts in KOREAN.items()]
+    assert main(["score", str(korean), str(results(captions)), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["BLEU-1"] == pytest.approx(1)
+    german = score_captions({1: ["ein schöner Hund"]}, {1: unicodedata.normalize(form, "Ein schöner Hund")})
+    assert german["BLEU-1"].corpus == pytest.approx(1)
+
+
+def test_the_tokens_are_those_of_the_references_script_or_as_asked_and_are_said(korean, results, tmp_path, capsys):
+    path = results([(1, "빨간 원이 있다"), (2, "파란 별 · 하나")])
+    said, figures = {}, {}
+    for choice in ("auto", "unicode", "ptb"):
+        out = tmp_path / f"{choice}.json"
+        assert main(["score", str(korean), str(path), "--tokenizer", choice, "--json", str(out)]) == 0
+        (said[choice],) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Tokens: ")]
+        figures[choice] = json.loads(out.read_text())
+    assert said["auto"] == said["unicode"] != said["ptb"] and "Annex 29" in said["auto"] and "Penn" in said["ptb"]
+    assert figures["auto"] == figures["unicode"] and figures["auto"]["tokenizer"] != figures["ptb"]["tokenizer"]
+    assert figures["auto"]["BLEU-1"] != figures["ptb"]["BLEU-1"]  # "·" is a word of the one
+
+
+def test_meteor_is_for_english(korean, results, capsys, monkeypatch):
+    monkeypatch.setattr("captioner.metrics.find_meteor", lambda: None)
+    assert main(["score", str(korean), str(results([(1, "원"), (2, "별")])), "--meteor"]) == 2
+    assert "METEOR is for English captions" in capsys.readouterr().err

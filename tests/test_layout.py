@@ -12,7 +12,7 @@ import captioner
 
 PACKAGE = Path(captioner.__file__).parent
 LEVELS = {
-    -2: ["errors", "loops", "penn_treebank"],
+    -2: ["errors", "loops", "penn_treebank", "grammar"],
     -1: ["content_splits", "images", "text_files"],
     0: [
         "caption_formats",

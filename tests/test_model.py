@@ -34,11 +34,12 @@ from captioner.bridges import LinearBridge, TransformerBridge
 from captioner.checkpoint import KEY, pack
 from captioner.decoding import Decoding
 from captioner.encoders import VGG16, ForeignEncoder, PrecomputedRegions, ResNet, SmallCNN
+from captioner.ensemble import Ensemble
 from captioner.errors import InputError
 from captioner.images import Preprocessing
-from captioner.model import PARTS, Captioner, describe, find_captions, rebuild
+from captioner.model import PARTS, Captioner, describe, find_captions, limits_of, rebuild
 from captioner.objectives import CrossEntropy
-from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, Vocabulary, pad
+from captioner.vocabulary import BEGIN, END, PAD, UNKNOWN, BytePairs, Characters, Vocabulary, pad
 
 WORDS = Vocabulary("a red blue ball box on under".split())
 SIZE, GRID = 16, (2, 2)
@@ -524,6 +525,26 @@ def test_a_banned_word_is_found_as_it_is_written_or_as_captions_are_cut():
         assert {index for image in found for hypothesis in image for index in hypothesis.tokens} - {END} == left
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ban": ["hot dog"]}, "'hot dog' is 2 words .*single words"),
+        ({"ban": ["Red"], "begin_with": "a red"}, "'Red' is in both `ban` and `begin_with`"),
+        ({"begin_with": " ".join(["red"] * 21)}, "longer than `max_words` 20"),
+        ({"min_words": 21}, "`min_words` 21 is more than `max_words` 20"),
+    ],
+)
+def test_limits_that_no_caption_can_keep_are_one_sentence(settings, said):
+    with pytest.raises(InputError, match=said) as error:
+        limits_of(Decoding(**settings), WORDS)
+    assert one_sentence(error)
+
+
+def test_a_beginning_is_cut_as_captions_are():
+    vocabulary = Vocabulary("a photo of the dog 's ball".split())
+    assert limits_of(Decoding(begin_with="A photo, of the dog's ball"), vocabulary).prefix == (4, 5, 6, 7, 8, 9, 10)
+
+
 def test_a_beginning_of_words_that_the_model_does_not_know_is_an_error():
     with pytest.raises(InputError, match="'zebra'.* does not know") as error:
         captioner().double().search(some_annotations(2), begin_with="a red zebra on a giraffe")
@@ -910,3 +931,86 @@ def test_tensors_that_do_not_fit_their_settings_are_an_error():
     with pytest.raises(InputError, match="damaged") as error:
         Captioner.from_contents(contents)
     assert one_sentence(error)
+
+
+# Characters and byte pairs
+
+SAID = ["a red ball", "빨간 공이 있다", "a ball, red!"]
+PARTS_OF_WORDS = {"characters": Characters.train(SAID), "byte pairs": BytePairs.train(SAID * 2, 290)}
+of_parts = pytest.mark.parametrize("vocabulary", PARTS_OF_WORDS.values(), ids=PARTS_OF_WORDS)
+
+
+@of_parts
+def test_words_of_parts_have_the_mean_attention_of_their_parts(vocabulary):
+    model, (image,) = captioner(vocabulary=vocabulary).double(), some_images(1)
+    for text in SAID:
+        caption = model.attend(image, text)
+        assert caption.text == text and caption.words == text.split()
+        tokens = pad([[vocabulary.encode(vocabulary.cut(text), 99)]])
+        with torch.no_grad():
+            annotations = model.annotate_pixels([model.preprocessing.pixels(image)[None]])
+            logits, weights, gates = model(annotations, tokens)
+        for word, row, gate in zip(
+            vocabulary.read(vocabulary.cut(text)), caption.attention, caption.gates, strict=True
+        ):
+            torch.testing.assert_close(row, weights[0, 0, word.start : word.stop].mean(0).float())
+            torch.testing.assert_close(gate, gates[0, 0, word.start : word.stop].mean().float())
+        each = logits.log_softmax(-1)[0, 0].gather(1, tokens[0, 0, 1:, None])  # probabilities multiply
+        assert caption.log_probability == pytest.approx(each.sum().item())
+
+
+@of_parts
+def test_limits_hold_for_parts_of_words(vocabulary):
+    model, images = captioner(vocabulary=vocabulary).double(), some_images(3)
+    for caption in model.caption(images, begin_with="a red", beam_size=3, max_words=12, ban=["ball"]):
+        assert caption.text.startswith("a red") and not any(word.startswith("ball") for word in caption.words)
+        assert caption.attention.shape == (len(caption.words), N)
+        assert len(vocabulary.cut("a red")) <= 12
+    assert limits_of(Decoding(), vocabulary).max_words == vocabulary.longest > 20
+    assert limits_of(Decoding(no_repeat_ngram=2), vocabulary).no_repeat_ngram == 0  # but by the filter
+    (found,) = {
+        len(image[0].tokens) for image in model.search(some_annotations(3), beam_size=1, min_words=7, max_words=7)
+    }
+    assert found == 8
+
+
+@of_parts
+def test_what_is_drawn_keeps_the_filter(vocabulary):
+    model = captioner(vocabulary=vocabulary).double()
+    settings = {"sample": True, "captions": 4, "temperature": 3, "no_repeat_ngram": 1, "max_words": 15}
+    for captions in model.caption_stream(some_images(2), **settings):
+        for caption in captions:
+            assert len(set(caption.words[:-1])) == len(caption.words[:-1])
+
+
+@of_parts
+def test_a_checkpoint_keeps_what_the_model_says(vocabulary, tmp_path):
+    model, images = captioner(encoder=small_cnn(), vocabulary=vocabulary), some_images(2)
+    torch.save({KEY: pack(model.contents())}, tmp_path / "a.ckpt")
+    again = Captioner.from_checkpoint(tmp_path / "a.ckpt")
+    assert again.vocabulary == vocabulary
+    assert [one.text for one in again.caption(images)] == [one.text for one in model.caption(images)]
+    assert pack(model.contents())["version"] == 2  # which a release that knows words alone refuses
+
+
+def test_a_checkpoint_of_words_is_what_it_always_was(tmp_path):
+    model = captioner(encoder=small_cnn())
+    packed = pack(model.contents())
+    assert packed.keys() == {"version", "settings", "words", "tensors", "scores"} and packed["version"] == 1
+    torch.save({KEY: packed}, tmp_path / "a.ckpt")
+    assert Captioner.from_checkpoint(tmp_path / "a.ckpt").vocabulary == WORDS
+
+
+def test_a_checkpoint_whose_words_are_none_is_refused(tmp_path):
+    contents = captioner(encoder=small_cnn(), vocabulary=PARTS_OF_WORDS["byte pairs"]).contents()
+    hostile = {"units": "byte_pairs", "merges": [["a", "zzz"]]}
+    torch.save({KEY: pack(contents._replace(vocabulary=hostile))}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="cannot be used .it joins byte pairs that it does not have") as error:
+        Captioner.from_checkpoint(tmp_path / "a.ckpt")
+    assert one_sentence(error)
+
+
+def test_models_of_other_units_choose_no_words_together():
+    letters = Characters(["a", "b"])
+    with pytest.raises(InputError, match="knows 2 words, but not those"):
+        Ensemble([captioner(vocabulary=letters), captioner(vocabulary=Vocabulary(["a", "b"]))])

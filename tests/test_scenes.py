@@ -5,10 +5,12 @@ import pytest
 from PIL import ImageChops
 from pycocotools.coco import COCO
 
+from captioner import grammar
 from captioner.errors import InputError
 from captioner.scenes import (
     COLOURS,
     PAIRS,
+    RELATIONS,
     SHAPES,
     SIZES,
     UNSEEN_PAIRS,
@@ -337,3 +339,113 @@ def test_a_relation_to_two_objects_must_hold_for_both():
     assert not judge(words, Scene(96, (red, blue, item("green", "ring", 20, 75)), 0)).right
     clause = "a red circle is to the left of a blue square and a green ring is below it".split()
     assert not judge(clause, Scene(96, (red, blue, item("green", "ring", 70, 40)), 0)).right
+
+
+# Korean
+
+
+def test_korean_captions_are_true_and_various(scenes):
+    generator = np.random.default_rng(6)
+    texts, endings = [], set()
+    for scene, other in zip(scenes[:100], scenes[100:], strict=False):
+        descriptions = describe(scene, generator, language="ko")
+        assert len({description.text for description in descriptions}) == 5
+        for description in descriptions:
+            judgement = judge(description.words, scene, "ko")
+            assert judgement.right, f"{description.text}: {judgement.reason}"
+            assert not judge(description.words, other, "ko").right or pairs(scene) & pairs(other)
+            assert description.text == " ".join(description.words) and len(description.words) <= 16
+            named = [(mention.colour, mention.shape) for mention in judgement.mentions]
+            assert 2 <= len(named) <= 3 and set(named) <= pairs(scene)
+            for mention in judgement.mentions:
+                (item,) = [item for item in scene.objects if (item.colour, item.shape) == mention[3:]]
+                assert set(description.boxes[mention.start : mention.stop]) == {(item.box,)}
+        texts += [description.text for description in descriptions]
+        endings |= {description.words[-1] for description in descriptions}
+    assert len(set(texts)) > 0.9 * len(texts) and {"있다", "보인다", "별이다", "고리다"} <= endings
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "빨간 원은 파란 정사각형 아래에 있다",
+        "빨간 원은 파란 정사각형의 왼쪽에 있다",
+        "주황색 별 위에 작은 빨간 원이 있다",
+        "파란 정사각형 아래에는 주황색 별이 있다",
+        "파란 정사각형 왼쪽에 있는 것은 빨간 원이다",
+        "파란 정사각형과 그 아래에 있는 빨간 원",
+        "파란 정사각형이 있고 그 왼쪽에 빨간 원이 있다",
+        "그림에 빨간 원의 위에 있는 큰 파란 정사각형이 보인다",
+        "도형 세 개 중 빨간 원은 파란 정사각형 아래에 있다",
+        "도형 세 개 중 파란 정사각형 아래에 빨간 원이 있다",
+        "이미지에 물체가 세 개 보이고 주황색 별의 위에 빨간 원이 있다",
+        "물체가 세 개 있고 빨간 원은 주황색 별 위에 있다",
+        "이미지에 도형이 세 개 보이고 빨간 원은 파란 정사각형 아래에 있다",
+        "빨간 원과 주황색 별은 파란 정사각형 아래에 있다",
+        "그림에 빨간 원과 주황색 별 위에 있는 파란 정사각형이 보인다",
+    ],
+)
+def test_right_in_korean(caption):
+    judgement = judge(caption.split(), BY_HAND, "ko")
+    assert judgement.right, judgement.reason
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("초록색 원은 파란 정사각형 아래에 있다", "there is no 초록색 원은"),
+        ("큰 빨간 원은 파란 정사각형 아래에 있다", "there is no 큰 빨간 원은"),
+        ("빨간 원은 파란 정사각형 위에 있다", "the red circle is not above the blue square"),
+        ("파란 정사각형 위에 빨간 원이 있다", "the red circle is not above the blue square"),
+        ("파란 정사각형과 그 위에 있는 빨간 원", "the red circle is not above the blue square"),
+        ("그림에 빨간 원과 파란 정사각형 위에 있는 주황색 별이 보인다", "the orange star is not above"),
+        ("파란 정사각형과 주황색 별은 빨간 원 아래에 있다", "the blue square is not below the red circle"),
+        ("도형 두 개 중 빨간 원은 파란 정사각형 아래에 있다", "there are 3 objects, not 2"),
+        ("빨간 원는 파란 정사각형 아래에 있다", "word 1, '빨간', is unknown"),  # the particle of a vowel
+        ("빨간 원은 파란 정사각형가 아래에 있다", "unknown"),
+        ("빨간 원은 정사각형 아래에 있다", "word 3, '정사각형', is unknown"),
+        ("빨간 원은 파란 정사각형 아래에", "breaks off after '아래에'"),
+        ("파란 정사각형과 그 아래에 있는 빨간 원이", "breaks off after '원이'"),
+        ("빨간 원이 있다", "fewer than two objects"),
+        ("빨간 원과 파란 정사각형", "no relation"),
+        ("", "fewer than two objects"),
+        ("아래에 있다", "does not relate"),
+        ("빨간 원은 아래에 있다", "does not relate"),
+        ("빨간 원은 빨간 원 아래에 있다", "joined to itself"),
+        ("빨간 원의 아래에 빨간 원이 있다", "relates an object to itself"),
+        ("빨간 원 파란 정사각형 아래에 있다", "nothing joins the object at word 3"),
+        ("빨간 원은 파란 정사각형 아래에 있다 있다", "'있다', is repeated"),
+        ("a red circle is below a blue square", "unknown"),
+    ],
+)
+def test_wrong_in_korean(caption, reason):
+    judgement = judge(caption.split(), BY_HAND, "ko")
+    assert not judgement.right and reason in judgement.reason
+
+
+def test_korean_words_are_pointed_at():
+    judgement = judge("빨간 원은 하얀 정사각형 아래에 있다".split(), BY_HAND, "ko")
+    weights = np.zeros((6, 16))
+    weights[0, 4] = weights[1, 0] = weights[2, 0] = 1
+    assert pointing(judgement, weights, (4, 4), BY_HAND, "ko") == [
+        (0, True, 2 / 16),
+        (1, False, 2 / 16),
+        (2, False, 0),
+        (3, False, 0),
+    ]
+
+
+def test_scenes_are_the_same_in_every_language_but_for_their_captions(tmp_path):
+    for language in ("en", "ko"):
+        write_scenes(tmp_path / language, {"val": 1}, seed=1, language=language)
+    one, other = (read_scenes(tmp_path / language, "val") for language in ("en", "ko"))
+    assert one == other
+    text = (tmp_path / "ko" / "captions_val.json").read_text(encoding="utf-8")
+    assert '"language": "ko"' in text and "있다" in text  # as it is written, without \\u
+    with pytest.raises(InputError, match="no captions in 'fr': choose among en, ko"):
+        write_scenes(tmp_path, {"val": 1}, seed=1, language="fr")
+
+
+def test_colours_and_sizes_are_the_grammars():
+    assert tuple(COLOURS) == grammar.COLOURS and tuple(SIZES) == grammar.SIZES
+    assert tuple(RELATIONS) == grammar.RELATIONS

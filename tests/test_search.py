@@ -1,7 +1,7 @@
 import math
 from collections import Counter
 from dataclasses import fields
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -496,3 +496,19 @@ def test_the_largest_of_rows_are_those_of_a_sort(size, count):
     assert torch.equal(values, scores.sort(-1, descending=True).values[..., :count])
     assert torch.equal(scores.gather(-1, places), values)
     assert all(len({*row}) == len(row) for row in places.flatten(0, 1).tolist())
+
+
+def test_what_a_filter_forbids_after_what_was_said_does_not_follow():
+    seen = []
+
+    def never_twice(tokens):
+        seen.append(tuple(tokens))
+        return [tokens[-1]] if tokens else [A]
+
+    for beam_size in (1, 3):
+        (found,) = by_matrix(MATRIX, max_words=4, beam_size=beam_size, filter=never_twice)
+        for hypothesis in found:
+            words = hypothesis.tokens[:-1]
+            assert not words or words[0] != A
+            assert all(one != other for one, other in pairwise(words))
+    assert () in seen and max(map(len, seen)) == 3

@@ -1,9 +1,13 @@
+import unicodedata
 from pathlib import Path
 
 import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from captioner.annotation_files import Flickr8k
-from captioner.tokens import detokenize, mirror, tokenize
+from captioner.tokens import choose_tokenizer, detokenize, mirror, mirror_text, normalise, tokenize
 
 FLICKR8K = Path(__file__).parents[2] / "shared" / "flickr8k"
 
@@ -88,3 +92,81 @@ def test_tokens_of_flickr8k_survive_detokenizing():
             tokens = tokenize(caption)
             assert tokens, caption
             assert tokenize(detokenize(tokens)) == tokens
+
+
+# Other languages
+
+WORDS = {
+    "빨간 원이 파란 별 위에 있다.": "빨간 원이 파란 별 위에 있다",
+    "草地上的狗。": "草 地 上 的 狗",
+    "これはカメラの犬です": "こ れ は カメラ の 犬 で す",
+    "คนไทย": "ค น ไ ท ย",
+    "หมา ดี": "ห ม า ดี",
+    "हिन्दी में": "हिन्दी में",
+    "שלום, עולם!": "שלום עולם",
+    "Кошка и 3.14 т. п.": "кошка и 3.14 т п",
+    "L’homme, the well-known dog's ball": "l’homme the well known dog's ball",
+    "Ein Hund 👩‍👩‍👧🇰🇷 ½ €5": "ein hund 👩‍👩‍👧 🇰🇷 ½ € 5",
+    "می‌خواهم": "می‌خواهم",
+}
+
+
+@pytest.mark.parametrize("caption", WORDS)
+def test_words_of_other_languages(caption):
+    words = WORDS[caption].split(" ")
+    assert tokenize(caption, "unicode") == words
+    for form in ("NFD", "NFC"):
+        assert tokenize(unicodedata.normalize(form, caption), "unicode") == words
+
+
+@pytest.mark.parametrize("caption", ["草地上的狗和iPhone", "これはカメラの犬です", "빨간 원이 있다", "คนไทย"])
+def test_words_are_joined_as_their_script_does(caption):
+    joined = detokenize(tokenize(caption, "unicode"), "unicode")
+    assert joined == caption.lower().replace("和i", "和 i")
+
+
+ANYTHING = st.text(st.characters() | st.sampled_from("가각한ᄒ\u0301\u200d\ud83d 草カナーกำ🇰👩"), max_size=12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(ANYTHING)
+def test_words_joined_and_cut_again_are_the_same(text):
+    words = tokenize(text, "unicode")
+    assert all(words) and not any(word.isspace() for word in words)
+    assert tokenize(unicodedata.normalize("NFD", normalise(text)), "unicode") == words
+    letters = regex.compile(r"\p{L}+")  # marks that stand alone may join a neighbour
+    if all(letters.fullmatch(word) for word in words):
+        assert tokenize(detokenize(words, "unicode"), "unicode") == words
+
+
+@settings(deadline=None, max_examples=50)
+@given(ANYTHING)
+def test_a_normalised_caption_stays_so_and_can_be_written(text):
+    once = normalise(text)
+    assert normalise(once) == once and once.encode() is not None
+    assert once.split() == unicodedata.normalize("NFC", text.replace("\ud83d", "\ufffd")).split()
+
+
+@pytest.mark.parametrize(
+    ("captions", "chosen"),
+    [
+        (["A dog runs."], "ptb"),
+        (["Ein Hund läuft über die Straße."], "ptb"),
+        (["빨간 원"], "unicode"),
+        (["iPhone의 사진이 있다"], "ptb"),  # six letters of twelve
+        (["iPhone의 사진들이 있다"], "unicode"),
+        (["A dog", "草地上的狗"], "unicode"),
+        (["123 👩 !"], "ptb"),
+        ([], "ptb"),
+    ],
+)
+def test_the_script_chooses_the_tokenizer_where_nobody_does(captions, chosen):
+    assert choose_tokenizer(captions) == chosen
+    for choice in ("ptb", "unicode"):
+        assert choose_tokenizer(captions, choice) == choice
+
+
+def test_a_mirrored_text_exchanges_left_and_right():
+    text = "Left of the dog, a left-handed man; leftover right."
+    assert mirror_text(text) == "Right of the dog, a right-handed man; leftover left."
+    assert mirror_text(mirror_text(text)) == text

@@ -18,6 +18,8 @@ from captioner.checkpoint import read
 from captioner.cli import main
 from captioner.encoders import SmallCNN
 from captioner.errors import InputError
+from captioner.results import read_results
+from captioner.scenes import write_scenes
 from captioner.task import CaptioningTask
 from captioner.training import ScoreLines, train
 
@@ -303,3 +305,24 @@ def test_without_a_compiler_there_is_one_line(recipe, tmp_path, monkeypatch, cap
         assert main(["fit", "--config", str(recipe), *flags]) == 2
     said = capsys.readouterr().err
     assert "model.compile" in said.splitlines()[-1] and "Traceback" not in said
+
+
+@pytest.mark.parametrize("units", ["characters", "byte_pairs"])
+def test_from_korean_captions_to_a_checkpoint_and_captions_in_utf8(units, fit, tmp_path, capsys):
+    scenes = tmp_path / "scenes"
+    write_scenes(scenes, {"train": 8, "val": 3}, seed=1, side=32, language="ko")
+    files = ("--data.files.root", str(scenes), "--data.files.splits", "[train, val]", "--data.units", units)
+    run = fit(*files, "--model.word_presence", "0.3")
+    checkpoint = run.trainer.checkpoint_callback.best_model_path
+    assert "Annex 29" in capsys.readouterr().out and run.model.scored_by == "unicode"
+    assert run.model.presence.score.out_features == len(run.datamodule.words.words)
+    card = Path(checkpoint).with_suffix(".md").read_text(encoding="utf-8")
+    assert f" {units.replace('_', ' ')}" in card and "rules for English" not in card
+    outputs = [tmp_path / f"captions.{suffix}" for suffix in ("csv", "jsonl")]
+    for output in outputs:
+        command = ["caption", str(scenes / "val"), "--checkpoint", checkpoint, "--output", str(output)]
+        # Hardly trained, it would say nothing.
+        assert main([*command, "--begin-with", "빨간 원", "--min-words", "12", "--workers", "0"]) == 0
+        results = read_results(output)
+        assert len(results) == 3 and all(one.caption.startswith("빨간 원") for one in results)
+        assert "빨간 원".encode() in output.read_bytes()

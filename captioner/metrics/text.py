@@ -9,11 +9,13 @@ from captioner.metrics.bleu import bleu
 from captioner.metrics.cider import cider_d
 from captioner.metrics.rouge import rouge_l
 from captioner.metrics.score import ImageId, Score
-from captioner.penn_treebank import ptb_tokenize
+from captioner.tokens import Tokenizer, tokenize
 
 
-def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapping[ImageId, str]) -> dict[str, Score]:
-    """Tokenise captions as COCO's evaluation does and return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
+def score_captions(
+    references: Mapping[ImageId, Sequence[str]], hypotheses: Mapping[ImageId, str], tokenizer: Tokenizer = "ptb"
+) -> dict[str, Score]:
+    """Tokenise captions, as COCO's evaluation does by default, and return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
 
     Parameters
     ----------
@@ -21,6 +23,8 @@ def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapp
         For each image its reference captions, as published: rare words and all.
     hypotheses
         For each image its generated caption.
+    tokenizer
+        What cuts both into tokens, see `captioner.tokens`. Scores over other tokens do not compare.
 
     Returns
     -------
@@ -40,8 +44,8 @@ def score_captions(references: Mapping[ImageId, Sequence[str]], hypotheses: Mapp
         if not isinstance(caption, str):
             raise InputError(f"The caption of image {image_id!r} is a {type(caption).__name__}: give one text.")
     return score_tokens(
-        {image_id: [ptb_tokenize(one) for one in captions] for image_id, captions in references.items()},
-        {image_id: ptb_tokenize(caption) for image_id, caption in hypotheses.items()},
+        {image_id: [tokenize(one, tokenizer) for one in captions] for image_id, captions in references.items()},
+        {image_id: tokenize(caption, tokenizer) for image_id, caption in hypotheses.items()},
     )
 
 
