@@ -72,7 +72,7 @@ def test_what_is_seen_is_what_the_weights_and_two_passes_say(name):
         with intervene(captioner, lambda given, mask: (mask.double() / mask.sum(-1, keepdim=True)).expand_as(given)):
             evenly, _, _ = captioner(alone, tokens)
         said, look = weights[0, 0], looks[image_id]
-        words = content_words(captioner, ids)
+        words = [word.start for word in content_words(captioner, ids)]
         assert words == [t for t, word in enumerate(ids) if word in (RED, BLUE, BALL)]
         lost = [(logits.log_softmax(-1) - evenly.log_softmax(-1))[0, 0, t, ids[t]].item() for t in words]
         assert look.uniform_losses == pytest.approx(lost, abs=1e-9)
@@ -234,7 +234,7 @@ def test_costs_are_differences_of_scores_with_the_intervals_of_the_paired_bootst
     evenly = {k: "a red ball" for k in said}
     looks = {k: look._replace(uniform=evenly[k], permuted=said[k]) for k, look in made().items()}
     tokens = {k: [ptb_tokenize(caption) for caption in captions] for k, captions in references.items()}
-    found = report(tokens, said, looks, beam_size=3, seed=4, hidden=0.2)
+    found = report(tokens, said, looks, tokenizer="ptb", beam_size=3, seed=4, hidden=0.2)
     trained, uniform = (score_captions(references, each)["CIDEr-D"] for each in (said, evenly))
     assert (found.cider_d, found.cider_d_uniform) == (trained.corpus, uniform.corpus)
     assert found.uniform_costs == paired_bootstrap(trained, uniform, seed=4)
@@ -242,7 +242,8 @@ def test_costs_are_differences_of_scores_with_the_intervals_of_the_paired_bootst
     assert found.permuted_costs == (0, 0, 0) and found.cider_d_permuted == found.cider_d
     assert (found.hiding, found.hiding_each) == pytest.approx((0.5, 0.5))
     assert (found.loss_strongest, found.loss_random) == pytest.approx((0.25, 0.1))
-    assert found.as_json()["entropy"] == pytest.approx(0.9) and found.as_json()["hiding"] == 0.5
+    assert found.as_json()["tokenizer"] == "ptb" and found.as_json()["entropy"] == pytest.approx(0.9)
+    assert found.as_json()["hiding"] == 0.5
     show(found, "dev", Console(width=160))
     printed = " ".join(capsys.readouterr().out.split())
     low, high = (f"{100 * value:.1f}" for value in found.uniform_costs[1:])
