@@ -246,9 +246,10 @@ class CaptioningTask(LightningModule):
                     "word_presence teaches the encoder, which is frozen here: set model.word_presence to 0, or the "
                     "encoder's learns to true."
                 )
-            # Of words in any case: that some letter is in a caption says nothing about the image.
-            words = vocabulary if self.data.words is None else self.data.words
-            self.presence = WordPresence(self._encoder[0].annotation_dim, len(words))
+            # Of words in any case: that some letter is in a caption says nothing about the image. Without training
+            # captions there are none, and nothing to teach.
+            if self.data.words is not None:
+                self.presence = WordPresence(self._encoder[0].annotation_dim, len(self.data.words))
         if self.encoder_learning_rate is not None and not self._encoder[0].learns:
             raise InputError(
                 "encoder_learning_rate is for an encoder that learns, and this one is frozen: set "

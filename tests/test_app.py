@@ -30,6 +30,7 @@ from captioner.decoding import Decoding  # noqa: E402
 from captioner.images import ORIENTATION  # noqa: E402
 from captioner.overlay import make_figure, save_figure  # noqa: E402
 from captioner.overlay_page import PageImage, write_page  # noqa: E402
+from captioner.vocabulary import Characters  # noqa: E402
 
 IMAGES = some_images(4)
 torch.manual_seed(0)  # of whose scores none are nearly equal
@@ -122,6 +123,14 @@ def test_an_image_gets_the_models_captions_with_their_probabilities(ask):
     words = [text.split("β")[0] for _, text in elements.of("button", "word")]
     assert words == [word for caption in expected for word in caption.words]
     assert len(elements.of("div", "caption")) == 5 and body["note"] == ""
+
+
+def test_characters_that_the_model_does_not_know_are_told():
+    model = captioner(encoder=small_cnn(), vocabulary=Characters.train(["a red ball"]))
+    wish = app.Wish("one.png", "a red fall", Decoding(), 0, "smooth", False)
+    body = json.loads(app._look(model, wish, IMAGES[0]).body)
+    assert body["note"].startswith("The model does not know 'f', and")
+    assert [text.split("β")[0] for _, text in Elements(body["article"]).of("button", "word")] == ["a", "red", "fall"]
 
 
 @pytest.mark.parametrize(

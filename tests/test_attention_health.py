@@ -20,7 +20,8 @@ from captioner.images import Preprocessing
 from captioner.metrics import paired_bootstrap, ptb_tokenize, score_captions
 from captioner.model import Captioner
 from captioner.scenes import Scene, SceneObject
-from captioner.vocabulary import BEGIN, END, Vocabulary
+from captioner.tokens import tokenize
+from captioner.vocabulary import BEGIN, END, BytePairs, Characters, Vocabulary
 
 MASK = torch.tensor([[True] * 6, [True, False, True, True, False, False]])
 
@@ -31,10 +32,10 @@ class Given(nn.Module):
     annotation_dim, preprocessing = D, Preprocessing("squash", 4)
 
 
-def speaker(decoder, bridge=NoBridge):
+def speaker(decoder, bridge=NoBridge, words=None):
     """A captioner with random weights, larger than at the start of training."""
     torch.manual_seed(0)
-    words = Vocabulary("the red blue ball".split())
+    words = words or Vocabulary("the red blue ball".split())
     captioner = Captioner(Given(), words, decoder=decoder, bridge=bridge, embedding_dim=E)
     with torch.no_grad():
         for parameter in captioner.parameters():
@@ -81,6 +82,54 @@ def test_what_is_seen_is_what_the_weights_and_two_passes_say(name):
         assert look.movements == pytest.approx(moved, abs=1e-9)
         assert look.entropies == pytest.approx(relative_entropies(weights[:, 0], alone.mask)[0, words].tolist())
         assert look.hidden == look.points == () and look.uniform == ""
+
+
+PARTS = {"characters": Characters.train(["The red ball."]), "byte pairs": BytePairs.train(["The red ball."] * 3, 260)}
+of_parts = pytest.mark.parametrize("vocabulary", PARTS.values(), ids=PARTS)
+
+
+def ids_of(vocabulary, caption):
+    return vocabulary.encode(vocabulary.cut(caption), 99)[1:]
+
+
+@of_parts
+def test_figures_are_those_of_words_where_their_parts_are_said(vocabulary):
+    captioner, annotations = speaker(DECODERS["GRU-Additive-before"], words=vocabulary), some_annotations(1)
+    ids = ids_of(vocabulary, "The red ball.")
+    (look,) = examine(captioner, annotations, ["a"], [ids], hiding=Hiding(0.5, 3)).values()
+    tokens = torch.tensor([[[BEGIN, *ids]]])
+    said = torch.tensor(ids)
+
+    def passed(seen):
+        logits, weights, _ = captioner(seen, tokens)
+        return logits.log_softmax(-1)[0, 0, range(len(ids)), said], weights[0, 0]
+
+    whole, weights = passed(annotations)
+    with intervene(captioner, lambda given, mask: torch.full_like(given, 0.25)):
+        evenly, _ = passed(annotations)
+    the, *content = [slice(word.start, word.stop) for word in vocabulary.read(vocabulary.decode(ids))]
+    assert len(content) == 2 and all(word.stop - word.start > 1 for word in content)
+    mean = torch.stack([weights[word].mean(0) for word in (the, *content, slice(-1, None))]).mean(0)
+    for place, word in enumerate(content):
+        meant = weights[word].mean(0)
+        without = annotations._replace(values=annotations.values[:, meant.topk(2, largest=False).indices])
+        assert look.entropies[place] == pytest.approx(-torch.xlogy(meant, meant).sum().item() / math.log(4))
+        assert look.movements[place] == pytest.approx((meant - mean).abs().sum().item() / 2)
+        assert look.peaks[place] == meant.argmax().item()
+        assert look.uniform_losses[place] == pytest.approx((whole - evenly)[word].sum().item(), abs=1e-9)
+        assert look.hidden[place][0] == pytest.approx((whole - passed(without)[0])[word].sum().item(), abs=1e-9)
+
+
+def test_function_words_are_none_with_capitals_punctuation_and_contractions_too():
+    for vocabulary in PARTS.values():
+        captioner = speaker(DECODERS["GRU-Additive-before"], words=vocabulary)
+        ids = ids_of(vocabulary, "The red ball isn't on it, the dog's is. !")
+        if vocabulary.units == "byte_pairs":  # which know all letters
+            assert [word.text for word in content_words(captioner, ids)] == ["red", "ball", "dog's"]
+        assert content_words(captioner, [END]) == []
+    korean = Characters.train(["빨간 원이 있다"])
+    captioner = speaker(DECODERS["GRU-Additive-before"], words=korean)
+    assert [word.text for word in content_words(captioner, ids_of(korean, "빨간 원이"))] == ["빨간", "원이"]
 
 
 def test_an_image_with_one_region_says_nothing_of_attention():
@@ -210,6 +259,21 @@ def test_pointing_is_what_is_counted_by_hand():
     assert "pointing 0.33 (by chance 0.17)" in in_words(found)
 
 
+def test_korean_words_of_characters_point_as_english_ones():
+    vocabulary = Characters.train([said := "빨간 원은 파란 정사각형 왼쪽에 있다"])
+    encoder = Given()
+    encoder.preprocessing = Preprocessing("squash", 32)
+    captioner = Captioner(encoder, vocabulary, embedding_dim=4).eval()
+    ids = ids_of(vocabulary, said)
+    weights = torch.full((len(ids), 4), 0.1)
+    for word, region in zip(vocabulary.read(list(said)), [0, 3, 3, 0, 1, 1], strict=True):
+        weights[word.start : word.stop, region] = 0.7
+    captioner.decoder = Looking(weights)
+    annotations = Annotations(torch.zeros(1, 4, D), grid=(2, 2))
+    (look,) = examine(captioner, annotations, [7], [ids], scenes={7: scene()}).values()
+    assert look.points == ((True, 0.25), (False, 0.25), (True, 0.25), (False, 0.25))
+
+
 def test_nothing_points_where_boxes_are_unknown_or_the_crop_moves_them():
     assert pointing_of(Preprocessing("squash", 32), {8: scene()}) == ()
     assert pointing_of(Preprocessing("squash", 32), {}) == ()
@@ -226,6 +290,16 @@ def made(losses=(0.3,), entropy=0.9, movement=0.2, peaks=None, images=40):
         k: Look((entropy,), (movement,), (peak,), (losses[k % len(losses)],), ((0.5, 0.1, 0.8), (0.0, 0.1, 0.2)), ())
         for k, peak in zip(range(images), peaks, strict=True)
     }
+
+
+def test_captions_with_replaced_weights_are_scored_over_the_tokens_of_the_references():
+    said = {k: f"草地上的{'狗' if k % 3 else '猫'}。" for k in range(40)}
+    references = {k: [f"草地上的{'狗' if k % 2 else '猫'}。", "狗"] for k in said}
+    looks = {k: look._replace(uniform="草地上的猫。", permuted="猫") for k, look in made().items()}
+    tokens = {k: [tokenize(caption, "unicode") for caption in captions] for k, captions in references.items()}
+    found = report(tokens, said, looks, tokenizer="unicode", beam_size=3, seed=4, hidden=0.2)
+    for reached, captions in ((found.cider_d, said), (found.cider_d_uniform, dict.fromkeys(said, "草地上的猫。"))):
+        assert reached == score_captions(references, captions, "unicode")["CIDEr-D"].corpus > 0
 
 
 def test_costs_are_differences_of_scores_with_the_intervals_of_the_paired_bootstrap(capsys):

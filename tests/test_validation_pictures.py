@@ -2,6 +2,8 @@
 
 import io
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_annotation_cache import FOREIGN, Counting
+from test_model import captioner, small_cnn, some_images
 from test_task import rows
 from test_training import one_line
 
@@ -19,6 +22,7 @@ from captioner.decoders import LSTMDecoder
 from captioner.model import Captioner
 from captioner.overlay import draw_overlay
 from captioner.validation_pictures import ValidationPictures, spread
+from captioner.vocabulary import Characters
 
 ONE, THREE = (("--pictures.images", number) for number in ("1", "3"))
 TWICE = ("--trainer.max_epochs", "4", "--trainer.check_val_every_n_epoch", "2")
@@ -248,3 +252,13 @@ def test_of_a_compiled_decoder_nothing_more_is_compiled_for_pictures(fit, drawn,
         counts.append(len(graphs))
     torch._dynamo.reset()
     assert counts[0] == counts[1] > 0 and len(drawn) == 1
+
+
+def test_captions_of_characters_are_shown_by_word():
+    model = captioner(encoder=small_cnn(), vocabulary=Characters.train(["a red ball"]))
+    records = [SimpleNamespace(image_id=k) for k in range(2)]
+    data = SimpleNamespace(records={"val": records}, caches={})
+    task = SimpleNamespace(captioner=model, data=data, captions={0: "a red ball", 1: ""}, compiles=False)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext))
+    found = validation_pictures._attend(task, trainer, dict(enumerate(some_images(2))))
+    assert found[0].words == ["a", "red", "ball"] and len(found[0].attention) == 3 and found[1].words == []
