@@ -318,7 +318,8 @@ def test_from_korean_captions_to_a_checkpoint_and_captions_in_utf8(units, fit, t
     assert run.model.presence.score.out_features == len(run.datamodule.words.words)
     card = Path(checkpoint).with_suffix(".md").read_text(encoding="utf-8")
     assert f" {units.replace('_', ' ')}" in card and "rules for English" not in card
-    assert main(["test", "--config", str(Path(run.trainer.log_dir, "config.yaml")), "--ckpt_path", checkpoint]) == 0
+    settings = ["--config", str(Path(run.trainer.log_dir, "config.yaml")), "--data.test_split", "val"]
+    assert main(["test", *settings, "--ckpt_path", checkpoint]) == 0
     assert "Annex 29" in capsys.readouterr().out
     outputs = [tmp_path / f"captions.{suffix}" for suffix in ("csv", "jsonl")]
     for output in outputs:
