@@ -110,7 +110,7 @@ def test_each_caption_command_is_understood(command, tmp_path, monkeypatch):
 def test_each_demo_command_is_understood(flags, monkeypatch):
     monkeypatch.chdir(ROOT)
     given = []
-    monkeypatch.setattr(demo, "run", lambda output, seed, started, configs: given.append((output, configs)))
+    monkeypatch.setattr(demo, "run", lambda output, seed, started, configs, language: given.append((output, configs)))
     assert main(["demo", *shlex.split(flags)]) == 0
     ((output, configs),) = given
     assert str(output) == "captioner-demo" and all(path.is_file() for path in configs)
