@@ -21,6 +21,7 @@ from captioner import annotation_files
 from captioner.dataset_check import Examination, Finding, examine
 from captioner.errors import in_one_line
 from captioner.output_files import check_writable, write
+from captioner.tokens import TOKENIZERS
 
 FORMATS = ("Flickr8k", "Flickr30k", "Karpathy", "COCOCaptions", "CaptionTable", "ImageFolder")
 PLACES = 3  # of each kind that the table shows
@@ -118,6 +119,7 @@ def show(examination: Examination, console: Console) -> None:
     if examination.splits:
         console.print(_splits(examination))
         console.print(_vocabularies(examination))
+        console.print(f"Words: {TOKENIZERS[examination.tokenizer]}.", highlight=False, soft_wrap=True)
     if examination.findings:
         console.print(_findings(examination.findings))
     errors, remarks = examination.errors, len(examination.findings) - examination.errors
@@ -177,6 +179,7 @@ def as_json(examination: Examination) -> dict[str, Any]:
     return {
         "dataset": examination.dataset,
         "format": examination.format,
+        "tokenizer": examination.tokenizer,
         "errors": examination.errors,
         "remarks": len(examination.findings) - examination.errors,
         "splits": {

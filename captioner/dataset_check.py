@@ -19,7 +19,7 @@ from captioner.errors import InputError, in_one_line
 from captioner.image_stream import ImageFacts, examine_images
 from captioner.images import find_images
 from captioner.text_files import Fault
-from captioner.tokens import tokenize
+from captioner.tokens import Tokenizer, choose_tokenizer, tokenize
 
 # What neither stops training nor falsifies scores; every other kind of finding is an error.
 REMARKS = (
@@ -128,6 +128,8 @@ class Examination:
         Of each of `COUNTS`.
     findings : list of Finding
         The errors first, those of a kind together, by file and line.
+    tokenizer : str
+        What cut captions into words, see `captioner.tokens`.
     """
 
     dataset: str
@@ -135,16 +137,12 @@ class Examination:
     splits: dict[str, SplitFigures] = field(default_factory=dict)
     coverage: list[Coverage] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    tokenizer: Tokenizer = "ptb"
 
     @property
     def errors(self) -> int:
         """Number of findings that stop training or falsify scores."""
         return sum(finding.is_error for finding in self.findings)
-
-
-def words_of(caption: str) -> list[str]:
-    """Return the words that training would learn of a caption."""
-    return tokenize(caption)
 
 
 def examine(
@@ -205,8 +203,10 @@ def examine(
         *_of_copies(splits, facts),
         *_of_folders(files, read, by_path),
     ]
+    # As training would choose it.
+    tokenizer = choose_tokenizer(caption for record in splits.get(_train(splits), []) for caption in record.captions)
     tokens = {
-        name: [[words_of(caption) for caption in record.captions] for record in records]
+        name: [[tokenize(caption, tokenizer) for caption in record.captions] for record in records]
         for name, records in splits.items()
     }
     counts = Counter(word for image in tokens.get(_train(splits), []) for caption in image for word in caption)
@@ -220,6 +220,7 @@ def examine(
         {name: _figures(images) for name, images in tokens.items()},
         _coverage(counts, tokens),
         sorted(findings, key=lambda one: (not one.is_error, one.kind, str(one.file or ""), one.line or 0)),
+        tokenizer,
     )
 
 

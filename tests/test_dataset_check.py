@@ -108,6 +108,15 @@ def test_captions_in_other_scripts_are_no_faults(language, tmp_path):
     assert examined(tmp_path, minimum_count=1).findings == []
 
 
+def test_words_are_counted_as_training_cuts_them(tmp_path):
+    lines = ["image,caption,split", "0.png,草地上的狗。,train", "1.png,草地。,val"]
+    for number in range(2):
+        Image.radial_gradient("L").resize((40 + number, 40)).save(tmp_path / f"{number}.png")
+    (tmp_path / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
+    found = examined(tmp_path, minimum_count=1)
+    assert found.tokenizer == "unicode" and found.splits["train"].mean == 5 and found.coverage[0].words == 5
+
+
 def test_the_figures_are_those_of_the_captions(tmp_path):
     lines = ["image,caption,split"]
     captions = [("train", "a red dog"), ("train", "a dog"), ("val", "a red cat")]
