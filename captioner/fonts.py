@@ -101,7 +101,8 @@ def _installed(scripts: set[str]) -> Iterator[tuple[str, frozenset[int]]]:
     for name in dict.fromkeys((DEFAULT, *usual, *known)):
         if name in known:
             yield name, _letters(known[name].fname)
-    for font in _new_fonts({font.fname for font in fontManager.ttflist}):
+    # All of them, before one is used: a family's weights may be in several files.
+    for font in list(_new_fonts({font.fname for font in fontManager.ttflist})):
         yield font.name, _letters(font.fname)
 
 
