@@ -278,22 +278,24 @@ class _Korean(Grammar):
         "is": ("이다", "다"),
         "bare": ("", ""),
     }
-    # 그: it; 있다, 있고, 있는: is, is and, that is; 것은: what is so; 보인다, 보이고: is seen; 중: of these.
-    function_words = ("그", "있다", "있고", "있는", "것은", "보인다", "보이고", "중")
+    # 그: it; 있다, 있고, 있는: is, is and, that is; 것은: what is so; 보인다, 보이고, 보이는: the same of seen; 중: of these.
+    function_words = ("그", "있다", "있고", "있는", "것은", "보인다", "보이고", "보이는", "중")
     endings = ("있다", "보인다")
 
-    # What is new to the reader stands behind the place where it is, as Korean has it; a topic stands before it.
+    # What is new to the reader stands behind the place where it is, as Korean has it; a topic stands before it. Mostly
+    # a word such as 있는 parts a relation from the object that it leads to, as "a" and "the" do in English: a decoder
+    # looks at the image before it reads the word before (Xu et al., eq. 4 and 5), so it could not look there at once.
     of_two = (
         "{a:topic} {b:at} {r} 있다",
         "{b:at} {r} {a:subject} 있다",
         "{b:at} {r} 있는 것은 {a:is}",
-        "{b:at} {r}는 {a:subject} 있다",
+        "{b:at} {r} 보이는 것은 {a:is}",
         "{b:and} 그 {r} 있는 {a:bare}",
-        "{b:subject} 있고 그 {r} {a:subject} 있다",
+        "{b:subject} 있고 그 {r} 있는 것은 {a:is}",
         "{picture}에 {b:at} {r} 있는 {a:subject} 보인다",
-        "{noun} {count} 개 중 {b:at} {r} {a:subject} 있다",
-        "{noun:subject} {count} 개 있고 {b:at} {r} {a:subject} 있다",
-        "{picture}에 {noun:subject} {count} 개 보이고 {b:at} {r} {a:subject} 있다",
+        "{noun} {count} 개 중 {b:at} {r} 있는 것은 {a:is}",
+        "{noun:subject} {count} 개 있고 {b:at} {r} 있는 것은 {a:is}",
+        "{picture}에 {noun:subject} {count} 개 보이고 {b:at} {r} 보이는 것은 {a:is}",
     )
     of_subjects = "{a:and} {c:topic} {b:at} {r} 있다"
     of_objects = "{picture}에 {b:and} {c:at} {r} 있는 {a:subject} 보인다"
@@ -407,7 +409,7 @@ class _Korean(Grammar):
 
     def _subjects_behind(self, behind: Iterator[Item]) -> list[Mention]:
         following = next(behind, None)
-        if following == "있는":
+        if following in ("있는", "보이는"):
             following = next(behind, None)
             if following == "것은":
                 following = next(behind, None)
