@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ from captioner.errors import InputError, in_one_line
 from captioner.images import Preprocessing, random_box, read_image
 from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
-from captioner.tokens import TokenizerChoice, choose_tokenizer, mirror, mirror_text, tokenize
-from captioner.vocabulary import BytePairs, Characters, Units, Vocabulary, pad
+from captioner.tokens import Tokenizer, TokenizerChoice, choose_tokenizer, mirror, mirror_text, tokenize
+from captioner.vocabulary import BYTES, BytePairs, Characters, Units, Vocabulary, pad
 
 UNTOLD = "the task tells the preprocessing before it asks for images"
 
@@ -392,6 +393,8 @@ class CaptionData(LightningDataModule):
             )
         if units not in ("words", "characters", "byte_pairs"):
             raise InputError(f"data.units is {units!r}: give words, characters or byte_pairs.")
+        if byte_pairs < len(BYTES):
+            raise InputError(f"data.byte_pairs is {byte_pairs}: give {len(BYTES)} or more, since each byte is one.")
         self.files, self.regions = files, regions
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.batch_size, self.captions_per_image, self.minimum_count = batch_size, captions_per_image, minimum_count
@@ -404,6 +407,7 @@ class CaptionData(LightningDataModule):
         self.units, self.byte_pairs, self.tokenizer = units, byte_pairs, tokenizer
         self.vocabulary: Vocabulary | None = None
         self.words: Vocabulary | None = None  # of the captions' words, whatever the model says
+        self.teaches_words = False  # told by the task: batches of characters or byte pairs then have the words, too
         self.records: dict[str, list[CaptionedImage]] = {}
         self.caches: dict[str, AnnotationCache] = {}
         self.mirrored_cache: AnnotationCache | None = None  # of the training images
@@ -425,22 +429,22 @@ class CaptionData(LightningDataModule):
             if self.flip and tokenizer != "ptb":
                 raise InputError(
                     "data.flip exchanges the English words left and right in mirrored images' captions, and these are "
-                    "in another language: set it to false."
+                    "in another language, by their script or by data.tokenizer: set it to false."
                 )
             # Of the captions as they are, mirrored or not: a run with mirrored images can go on from one without.
             self.words = Vocabulary.from_captions(
                 (tokenize(caption, tokenizer) for caption in captions), self.minimum_count, tokenizer
             )
-            if not self.words.words:
-                raise InputError(
-                    f"No word occurs {self.minimum_count} times in the captions of the split "
-                    f"{self.splits['train']!r}: set data.minimum_count lower."
-                )
             self.vocabulary = self.words
             if self.units == "characters":
                 self.vocabulary = Characters.train(captions, self.minimum_count)
             elif self.units == "byte_pairs":
                 self.vocabulary = BytePairs.train(captions, self.byte_pairs, self.minimum_count)
+            if not self.vocabulary.words:
+                raise InputError(
+                    f"No {self.units.removesuffix('s')} occurs {self.minimum_count} times in the captions of the split "
+                    f"{self.splits['train']!r}: set data.minimum_count lower."
+                )
 
     @property
     def longest(self) -> int:
@@ -451,6 +455,11 @@ class CaptionData(LightningDataModule):
     def references(self, name: str) -> dict[str | int, tuple[str, ...]]:
         """Return the raw captions of "train", "val" or "test" by image."""
         return {record.image_id: record.captions for record in self.records[name]}
+
+    def scored_by(self, name: str) -> Tokenizer:
+        """Return what cuts the captions of "train", "val" or "test" into the words that are scored."""
+        captions = chain.from_iterable(record.captions for record in self.records[name])
+        return choose_tokenizer(captions, self.tokenizer)
 
     def scenes(self, name: str) -> dict[str | int, Scene]:
         """Return by image the drawn scenes of "train", "val" or "test", whose boxes are known; none of other data."""
@@ -576,7 +585,7 @@ class CaptionData(LightningDataModule):
         cache, mirrored_cache = self.caches.get(name), None
         if name == "train":
             assert self.vocabulary is not None and self.words is not None
-            apart = self.vocabulary is not self.words
+            apart = self.teaches_words and self.vocabulary is not self.words
             captions, words = self._encode(self.vocabulary), self._encode(self.words) if apart else None
             if self.flip:
                 mirrored_captions = self._encode(self.vocabulary, mirrored=True)

@@ -278,7 +278,11 @@ def _of_files(by_path: dict[Path, CaptionedImage], facts: dict[Path, ImageFacts]
                 there = path.parent.iterdir() if path.parent.is_dir() else ()
                 listings[path.parent] = {_plain(other.name): other.name for other in there}
             similar = listings[path.parent].get(_plain(path.name))
-            advice = f"there is {similar!r}, rename it" if similar else "put it there"
+            advice = "put it there"
+            if similar:
+                composed = {unicodedata.normalize("NFC", each) for each in (similar, path.name)}
+                how = ", the same letters composed otherwise in Unicode" if len(composed) == 1 else ""
+                advice = f"there is {similar!r}{how}, rename it"
             yield Finding("missing image", f"{name} is missing{by}: {advice}.", path)
         elif fact.fault:
             yield Finding("damaged image", fact.fault, path)

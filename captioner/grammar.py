@@ -278,7 +278,8 @@ class _Korean(Grammar):
         "is": ("이다", "다"),
         "bare": ("", ""),
     }
-    # 그: it; 있다, 있고, 있는: is, is and, that is; 것은: what is so; 보인다, 보이고, 보이는: the same of seen; 중: of these.
+    # 그: it; 있다, 있고, 있는: is, is and, that is; 보인다, 보이고, 보이는: the same of seen; 것은: what is so;
+    # 중: of these.
     function_words = ("그", "있다", "있고", "있는", "것은", "보인다", "보이고", "보이는", "중")
     endings = ("있다", "보인다")
 

@@ -166,7 +166,7 @@ def limits_of(decoding: Decoding, vocabulary: Vocabulary) -> Limits:
     ------
     InputError
         Where captions are to begin with what is not in the vocabulary, with more than their longest, or with what is
-        banned, or more than a word is banned at once.
+        banned, or several words are banned as one by a model that says words.
     """
     longest = vocabulary.longest if decoding.max_words is None else decoding.max_words
     if decoding.min_words > longest:
@@ -188,6 +188,11 @@ def limits_of(decoding: Decoding, vocabulary: Vocabulary) -> Limits:
     for index in prefix:
         if index in banned:
             raise InputError(f"{banned[index]!r} is in both `ban` and `begin_with`: take it out of one of them.")
+    said_first = vocabulary.filter(decoding.ban, 0)
+    if said_first and any(index in said_first(prefix[:place]) for place, index in enumerate(prefix)):
+        raise InputError(
+            f"`begin_with` {decoding.begin_with!r} holds a word that is in `ban`: take it out of one of them."
+        )
     parts = vocabulary.filter(decoding.ban, decoding.no_repeat_ngram)
     return Limits(
         decoding.min_words,

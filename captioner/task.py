@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from captioner.output_files import check_writable
 from captioner.results import write_results
 from captioner.search import Hypothesis
 from captioner.self_critical import Reward, SelfCritical
-from captioner.tokens import Tokenizer, choose_tokenizer
+from captioner.tokens import Tokenizer
 from captioner.vocabulary import Vocabulary, restore
 
 HIDING = Hiding()  # of regions, in the test; its seed serves all that the test draws
@@ -249,6 +248,7 @@ class CaptioningTask(LightningModule):
             # Of words in any case: that some letter is in a caption says nothing about the image. Without training
             # captions there are none, and nothing to teach.
             if self.data.words is not None:
+                self.data.teaches_words = True
                 self.presence = WordPresence(self._encoder[0].annotation_dim, len(self.data.words))
         if self.encoder_learning_rate is not None and not self._encoder[0].learns:
             raise InputError(
@@ -482,7 +482,7 @@ class CaptioningTask(LightningModule):
         self._gather()
         references = self.data.references("val")
         wanted = {image_id: references[image_id] for image_id in self.captions}
-        self.scored_by = choose_tokenizer(chain.from_iterable(wanted.values()), self.data.tokenizer)
+        self.scored_by = self.data.scored_by("val")
         self._note("val", score_captions(wanted, self.captions, self.scored_by))
         self.health = sum_up(self._looks)
         if self.health is not None:

@@ -72,7 +72,8 @@ def read_text(path: Path, report: Report = stop) -> str:
         reason = f"{path} cannot be read ({error.strerror}): check the path and its permissions."
         raise Fault(reason, "unreadable file", path) from None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise Fault(f"{path} is UTF-16 text, by its first two bytes: save it as UTF-8.", "encoding", path)
+        report(Fault(f"{path} is UTF-16 text, by its first two bytes: save it as UTF-8.", "encoding", path))
+        return data.decode("utf-16", errors="replace")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode()

@@ -285,7 +285,7 @@ def train(args: Sequence[str]) -> TrainingCLI:
             path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
             if path:  # none after a run without validation
                 scores = checkpoint.read(path).scores
-                print_scores(scores, f"Best of {cli.datamodule.splits['val']}, greedy", cli.model.scored_by)
+                print_scores(scores, f"Best of {cli.datamodule.splits['val']}, greedy", cli.datamodule.scored_by("val"))
                 Console().print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
         elif cli.subcommand == "validate":
             split = cli.datamodule.splits["val"]

@@ -74,8 +74,9 @@ class ValidationPictures(Callback):
         for index in spread(validated, self.images):
             try:
                 photographs[index] = read_image(records[index].path)
-            except InputError as error:  # the annotations may come from a cache
-                self._say(f"An image of the validation is not shown in TensorBoard: {error}")
+            except InputError as error:  # the annotations may come from a cache, or are regions and no images
+                if task.data.regions is None:
+                    self._say(f"An image of the validation is not shown in TensorBoard: {error}")
         captions = _attend(task, trainer, photographs)
         texts = {
             index: [f"epoch {trainer.current_epoch + 1}", *map(_reference, records[index].captions[:REFERENCES])]

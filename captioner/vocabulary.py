@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from captioner.errors import InputError
-from captioner.tokens import TOKENIZERS, Tokenizer, detokenize, is_unspaced, normalise, tokenize
+from captioner.tokens import SURROGATE, TOKENIZERS, Tokenizer, detokenize, is_unspaced, normalise, tokenize
 
 if TYPE_CHECKING:
     import tokenizers
@@ -438,6 +438,8 @@ def _restore(words: Any, stored: Any) -> Vocabulary:
         raise _Fault("it is no list of words")
     if not isinstance(stored, Mapping):
         raise _Fault("its settings are none")
+    if SURROGATE.search("".join(words)):
+        raise _Fault("half a character is among its words")
     if set(words) & set(SPECIAL):
         raise _Fault("a special word is among the others")
     units = stored["units"]

@@ -472,6 +472,9 @@ def test_drawn_scenes_come_through(scenes):
 def test_captions_are_cut_as_asked_and_their_words_come_beside_them(units, files):
     torch.manual_seed(1)
     data = ready(files, units=units, captions_per_image=2)
+    assert data.train_dataloader().dataset.__getitems__([0]).words is None  # unless they are taught
+    data = ready(files, units=units, captions_per_image=2)
+    data.teaches_words = True
     assert data.vocabulary.units == units and data.words == ready(files).vocabulary
     for batch in data.train_dataloader():
         for row, image_id in enumerate(batch.image_ids):
@@ -491,6 +494,7 @@ def test_a_caption_is_cut_after_as_many_units_as_asked(files):
 
 def test_characters_are_mirrored_in_the_text(sides):
     data = ready(sides, units="characters", flip=True)
+    data.teaches_words = True
     dataset = data.train_dataloader().dataset
     texts = [data.vocabulary.text(captions[0]) for captions in dataset.captions]
     mirrored = [data.vocabulary.text(captions[0]) for captions in dataset.mirrored_captions]

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from odd_images import unusual
 from PIL import Image
-from seeded_faults import FIRST, SEEDS, TREES, draw, table
+from seeded_faults import FIRST, SEEDS, TREES, draw, sidecars, table
 
 from captioner import image_stream
 from captioner.annotation_files import AnyFormat, CaptionTable
@@ -74,6 +74,21 @@ def test_faults_do_not_hide_each_other(copy):
     (root / "images" / "val_000003.png").unlink()
     kinds = {one.kind for one in examined(root).findings}
     assert kinds == {"doubled image", "no test split", "markup", "damaged image", "missing image"}
+
+
+def test_a_text_file_in_another_encoding_hides_no_other(copy):
+    root = copy(sidecars)
+    first, second, *_ = sorted(root.rglob("*.txt"))
+    first.write_bytes("a red circle".encode("utf-16"))
+    second.write_bytes(b"")
+    assert {one.kind for one in examined(root).findings} >= {"encoding", "empty caption"}
+
+
+def test_a_name_in_another_form_of_unicode_is_told_from_another_name(tmp_path):
+    Image.radial_gradient("L").save(tmp_path / unicodedata.normalize("NFD", "b\xe4r.png"))
+    (tmp_path / "captions.csv").write_text("image,caption\nb\xe4r.png,a bear\n", encoding="utf-8")
+    (found,) = [one for one in examined(tmp_path).findings if one.kind == "missing image"]
+    assert "the same letters composed otherwise in Unicode, rename it" in found.message
 
 
 def test_unusual_images_are_no_faults(tmp_path):

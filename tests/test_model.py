@@ -966,6 +966,8 @@ def test_limits_hold_for_parts_of_words(vocabulary):
         assert caption.text.startswith("a red") and not any(word.startswith("ball") for word in caption.words)
         assert caption.attention.shape == (len(caption.words), N)
         assert len(vocabulary.cut("a red")) <= 12
+    with pytest.raises(InputError, match="`begin_with` 'a red ball' holds a word that is in `ban`"):
+        model.caption(images, begin_with="a red ball", ban=["ball"])
     assert limits_of(Decoding(), vocabulary).max_words == vocabulary.longest > 20
     assert limits_of(Decoding(no_repeat_ngram=2), vocabulary).no_repeat_ngram == 0  # but by the filter
     (found,) = {

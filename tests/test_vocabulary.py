@@ -275,6 +275,7 @@ BYTE_WORDS = list(PARTS["byte pairs"].words)
         (["a", "a"], None),
         (["a", ""], None),
         (["<eos>"], None),
+        (["\ud800"], {"units": "characters"}),
         (["a"], []),
         (["a"], {}),
         (["a"], {"units": "sentences"}),
