@@ -438,6 +438,7 @@ def _quiet() -> None:
         "args parameter is intended to run from within Python",
         "Checkpoint directory .* exists and is not empty",
         "Found .* in eval mode at the start of training",  # a frozen encoder
+        "You're resuming from a checkpoint that ended before the epoch ended",  # which ours can, see Resumption
         "The dirpath has changed from",  # on validating and testing, which save nothing
         "Using `DistributedSampler` with the dataloaders",  # which gives an image twice: it is scored once
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
