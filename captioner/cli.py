@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from captioner.errors import InputError
+from captioner.errors import InputError, Interrupted
 from captioner.output_files import check_writable, write
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         return 0
+    except Interrupted as end:
+        print(f"captioner: {end}", file=sys.stderr)
+        return end.code
     except KeyboardInterrupt:
         print("captioner: interrupted.", file=sys.stderr)
         return 130

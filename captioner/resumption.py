@@ -17,11 +17,10 @@ from lightning.pytorch.loops.fit_loop import RestartStage as OfTraining
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as OfEpoch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from captioner.checkpoint import PLACE
 from captioner.datamodule import CaptionData
 from captioner.errors import InputError
 from captioner.order import seed_generators
-
-KEY = "resumption"
 
 
 class Resumption(Callback):
@@ -70,7 +69,7 @@ class Resumption(Callback):
             _set(loops["epoch_loop.val_loop.batch_progress"]["current"], 0)
         # Lightning counts the step once more where it goes back to the end of a batch.
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - (1 if due else 0)
-        checkpoint[KEY] = {
+        checkpoint[PLACE] = {
             "seed": data.seed,
             "pending": pending,
             "stopped": trainer.should_stop and any(callback.stopping_reason_message for callback in _early(trainer)),
@@ -93,7 +92,7 @@ class Resumption(Callback):
         epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
         epoch = epochs["processed"]
         position = batches["processed"] if epochs["ready"] > epoch else 0
-        kept = checkpoint.get(KEY)
+        kept = checkpoint.get(PLACE)
         if kept is None:  # an earlier release has written it
             data.go_on(data.seed or 0, epoch, position)
             return

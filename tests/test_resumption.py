@@ -65,7 +65,9 @@ def check(fit, monkeypatch, tmp_path, flags, wanted_steps, resumed_flags=()):
         rest = Watched(monkeypatch)
         saved = tmp_path / "saved" / f"{step}.ckpt"
         folder = tmp_path / f"from {step}"
-        resumed = state(fit(*TINY, *flags, *resumed_flags, "--ckpt_path", str(saved), "--checkpoint.dirpath", str(folder)))
+        resumed = state(
+            fit(*TINY, *flags, *resumed_flags, "--ckpt_path", str(saved), "--checkpoint.dirpath", str(folder))
+        )
         assert rest.images == dict(list(whole.images.items())[step:]), step
         assert rest.losses == dict(list(whole.losses.items())[step:]), step
         assert rest.validated == [each for each in whole.validated if each[0] >= step], step
