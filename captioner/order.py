@@ -37,11 +37,16 @@ def mix(*parts: int | str) -> int:
 
 
 def seed_generators(*parts: int | str) -> None:
-    """Seed the generators of python, numpy and torch, of the CPU and all GPUs, with what follows from all parts."""
+    """Seed the generators of python, numpy and torch, those of GPUs in use too, with what follows from all parts."""
     seed = mix(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed, which takes ten times as long: for GPUs that are not in use it keeps where it was called.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 class Order(DistributedSampler[Draw]):  # so that Lightning hands it the epoch, and puts no sampler of its own over it

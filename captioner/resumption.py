@@ -16,6 +16,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage as OfValidation
 from lightning.pytorch.loops.fit_loop import RestartStage as OfTraining
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as OfEpoch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from captioner.checkpoint import PLACE
 from captioner.datamodule import CaptionData
@@ -92,10 +93,10 @@ class Resumption(Callback):
         epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
         epoch = epochs["processed"]
         position = batches["processed"] if epochs["ready"] > epoch else 0
-        kept = checkpoint.get(PLACE)
-        if kept is None:  # an earlier release has written it
-            data.go_on(data.seed or 0, epoch, position)
+        if PLACE not in checkpoint:  # an earlier release has written it
+            data.go_on(_seed(trainer), epoch, position)
             return
+        kept = _understood(checkpoint[PLACE])
         before = kept["batches"]
         now = {"of": len(data.records["train"]), "size": data.batch_size, "processes": trainer.world_size}
         if position and before != now:
@@ -137,6 +138,21 @@ class Resumption(Callback):
 def _data(trainer: Trainer) -> CaptionData:
     data: CaptionData = trainer.datamodule  # type: ignore[attr-defined]  # see CaptioningTask.data
     return data
+
+
+def _understood(kept: Any) -> dict[str, Any]:
+    """Return what a checkpoint holds of the place, if that is what it should be."""
+    if (
+        isinstance(kept, dict)
+        and isinstance(kept.get("seed"), int)
+        and all(isinstance(kept.get(name), bool) for name in ("pending", "stopped"))
+        and isinstance(batches := kept.get("batches"), dict)
+        and all(isinstance(batches.get(name), int) for name in ("of", "size", "processes"))
+        and isinstance(metrics := kept.get("metrics"), dict)
+        and all(isinstance(value, Tensor) and value.numel() == 1 for value in metrics.values())
+    ):
+        return kept
+    raise InputError("The place in the training that the checkpoint holds is damaged: go on from another one.")
 
 
 def _seed(trainer: Trainer) -> int:

@@ -108,7 +108,7 @@ class BestAndLast(ModelCheckpoint):
         folder = Path(str(self.dirpath))
         there = {path: str(folder / Path(path).name) for path in state.get("best_k_models", {})}
         if not all(Path(path).is_file() for path in there.values()):
-            return state
+            return {**state, "dirpath": ""}  # for which Lightning forgets the best score
         names = ("best_model_path", "kth_best_model_path", "last_model_path")
         return {
             **state,
@@ -543,6 +543,7 @@ def _quiet() -> None:
         "does not have many workers",  # batches of cached annotations are slices of memory: processes would only cost
         "args parameter is intended to run from within Python",
         "Checkpoint directory .* exists and is not empty",
+        "Experiment logs directory .* exists and is not empty",  # which RunLog goes on with
         "Found .* in eval mode at the start of training",  # a frozen encoder
         "You're resuming from a checkpoint that ended before the epoch ended",  # which ours can, see Resumption
         "The dirpath has changed from",  # on validating and testing, which save nothing

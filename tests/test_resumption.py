@@ -1,11 +1,11 @@
-"""Going on: from any step a run ends with the weights, scores and order of one that nothing has disturbed, bit for bit."""
+"""Going on: from any step a run ends with the weights, scores and order of an undisturbed one, bit for bit."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
+from captioner.errors import InputError
 from captioner.task import CaptioningTask
 
 STEPS = 18
@@ -54,7 +54,7 @@ def assert_equal(one, other):
         assert same, name
 
 
-def check(fit, monkeypatch, tmp_path, flags, wanted_steps, resumed_flags=()):
+def check(fit, monkeypatch, tmp_path, flags, wanted_steps):
     """See that a run that goes on after any of some steps ends as the undisturbed one does."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()
@@ -65,9 +65,7 @@ def check(fit, monkeypatch, tmp_path, flags, wanted_steps, resumed_flags=()):
         rest = Watched(monkeypatch)
         saved = tmp_path / "saved" / f"{step}.ckpt"
         folder = tmp_path / f"from {step}"
-        resumed = state(
-            fit(*TINY, *flags, *resumed_flags, "--ckpt_path", str(saved), "--checkpoint.dirpath", str(folder))
-        )
+        resumed = state(fit(*TINY, *flags, "--ckpt_path", str(saved), "--checkpoint.dirpath", str(folder)))
         assert rest.images == dict(list(whole.images.items())[step:]), step
         assert rest.losses == dict(list(whole.losses.items())[step:]), step
         assert rest.validated == [each for each in whole.validated if each[0] >= step], step
@@ -88,7 +86,79 @@ SETTINGS = {
 }
 
 
+def chosen(flags):
+    """Two steps of a run, and those around the end of an epoch; where gradients are summed, only after their sum."""
+    every = 2 if "--trainer.accumulate_grad_batches" in flags else 1
+    choice = random.Random(str(flags))
+    return lambda steps: sorted({6, *choice.sample(range(every, steps, every), 2)})
+
+
 @pytest.mark.parametrize("flags", SETTINGS.values(), ids=SETTINGS)
 def test_a_run_goes_on_from_any_step_as_if_nothing_had_been(flags, fit, monkeypatch, tmp_path):
-    choice = random.Random(str(flags))
-    check(fit, monkeypatch, tmp_path, flags, lambda steps: sorted({3, 6, *choice.sample(range(1, steps), 2)} - {steps}))
+    check(fit, monkeypatch, tmp_path, flags, chosen(flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_from_each_of_ten_steps(workers, fit, monkeypatch, tmp_path):
+    steps = random.Random(workers).sample(range(1, STEPS), 10)
+    whole = check(fit, monkeypatch, tmp_path, ["--data.num_workers", str(workers)], lambda _: sorted(steps))
+    for epoch in range(3):
+        seen = [image for batch in range(6) for image in whole.images[epoch, batch]]
+        assert len(seen) == len(set(seen)) == 22
+
+
+def test_a_sum_of_gradients_begins_anew(fit, monkeypatch, tmp_path):
+    Watched(monkeypatch, tmp_path)
+    flags = [*TINY, "--trainer.accumulate_grad_batches", "2"]
+    fit(*flags)
+    rest = Watched(monkeypatch)
+    fit(*flags, "--ckpt_path", str(tmp_path / "3.ckpt"), "--checkpoint.dirpath", str(tmp_path / "on"))
+    assert next(iter(rest.images)) == (0, 2) and len(rest.images) == STEPS - 2
+
+
+@pytest.mark.slow
+def test_workers_change_no_loss_over_fifty_steps(fit, monkeypatch):
+    def losses(workers):
+        watched = Watched(monkeypatch)
+        fit(*TINY, "--trainer.max_epochs", "9", "--trainer.limit_val_batches", "0", "--data.num_workers", workers)
+        return list(watched.losses.values())
+
+    one, again, two, twice = losses("0"), losses("0"), losses("2"), losses("2")
+    assert len(one) == 54 and one == again == two == twice and len(set(one)) > 50
+
+
+@pytest.fixture
+def middle(fit, monkeypatch, tmp_path):
+    """A checkpoint in the middle of the first epoch."""
+    Watched(monkeypatch, tmp_path)
+    fit(*TINY, "--trainer.max_epochs", "1")
+    Watched(monkeypatch)
+    return tmp_path / "4.ckpt"
+
+
+def test_other_batches_in_the_middle_of_an_epoch_are_refused(middle, fit):
+    with pytest.raises(InputError, match="batches of 4 in each of 1 processes, and there are 22 in batches of 5"):
+        fit(*TINY, "--data.batch_size", "5", "--ckpt_path", str(middle))
+
+
+def test_the_seed_is_that_of_the_checkpoint(middle, fit, monkeypatch):
+    losses = []
+    for seed in ("1", "2", "false"):
+        watched = Watched(monkeypatch)
+        fit(*TINY, "--seed_everything", seed, "--ckpt_path", str(middle))
+        losses.append(list(watched.losses.values()))
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 14
+
+
+def test_a_damaged_place_is_said(middle, fit, tmp_path):
+    whole = torch.load(middle, weights_only=True)
+    for place in (None, [], {}, {**whole["resumption"], "seed": "1"}, {**whole["resumption"], "metrics": {"a": 1}}):
+        torch.save({**whole, "resumption": place}, tmp_path / "bad.ckpt")
+        with pytest.raises(InputError, match="damaged"):
+            fit(*TINY, "--ckpt_path", str(tmp_path / "bad.ckpt"))
+
+
+def test_validation_within_a_sum_of_gradients_is_refused(fit):
+    with pytest.raises(InputError, match="Validation after every 3 batches"):
+        fit(*TINY, *HALF, "--trainer.accumulate_grad_batches", "2")
