@@ -66,7 +66,7 @@ def assert_ends_the_same(folder, undisturbed):
 @pytest.mark.parametrize(
     ("number", "method", "epoch", "step"),
     [
-        (signal.SIGTERM, "training_step", 1, 4),
+        pytest.param(signal.SIGTERM, "training_step", 1, 4, marks=pytest.mark.slow),
         (signal.SIGINT, "training_step", 0, 1),
         (signal.SIGTERM, "validation_step", 1, 6),
     ],
@@ -128,7 +128,13 @@ def test_the_best_checkpoint_moves_with_its_folder(command, fit, tmp_path, monke
     assert list(best.best_k_models) == [best.best_model_path]
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "the job 17_3 is queued again."), (1, "(no such job): to go on")])
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (0, "the job 17_3 is queued again."),
+        pytest.param(1, "(no such job): to go on", marks=pytest.mark.slow),
+    ],
+)
 def test_slurm_queues_the_job_again(code, said, command, undisturbed, tmp_path, monkeypatch, capsys):
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()

@@ -44,7 +44,7 @@ def test_the_last_run_of_the_configuration_is_found(settings, tmp_path):
 
 
 def test_what_is_no_run_is_passed_over(settings, tmp_path):
-    for name, text in {"a": "- 1", "b": "{", "c": "model: 3", "d": "\x00", "e": "[" * 3000}.items():
+    for name, text in {"a": "- 1", "b": "{", "c": "model: 3", "d": "\x00", "e": "[" * 900}.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").write_text(text)
     assert find_last(settings) is None
@@ -80,6 +80,6 @@ def test_a_log_goes_on_after_the_last_step_of_the_checkpoint(tmp_path):
     whole = logged(tmp_path / "whole", steps=range(6))
     logged(tmp_path, steps=range(5))
     assert logged(tmp_path, Progress(1, 4, False, False), steps=range(4, 6)) == whole
-    with_validation = [line for line in whole if line.split(",")[1] in "0123"]
+    with_validation = [whole[0], *(line for line in whole[1:] if int(line.split(",")[1]) < 4)]
     assert logged(tmp_path, Progress(1, 4, False, False)) == with_validation
     assert logged(tmp_path, Progress(1, 4, True, False)) == with_validation[:-1]
