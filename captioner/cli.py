@@ -437,9 +437,11 @@ def _study(args: Sequence[str]) -> int:
 
     from captioner.study_runs import make, plan, tabulate
 
-    complete = options.table_only or make(
-        plan(study, options.output, flags, shlex.join(["captioner", *args])), options.output
-    )
+    command = shlex.join(["captioner", *args])
+    try:
+        complete = options.table_only or make(plan(study, options.output, flags, command), options.output)
+    except Interrupted as end:  # which speaks of the one run
+        raise Interrupted(f"The study is stopped: to go on, {command}", end.code) from None
     tabulate(study, options.output)
     return 0 if complete else 1
 

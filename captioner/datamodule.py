@@ -402,9 +402,9 @@ class CaptionData(LightningDataModule):
                     if self.regions is None
                     else find_regions(Path(self.regions), self.files.captioned(split))
                 )
-        if stage == "fit" and self.seed is None:
+        if stage == "fit":
             # That of seed_everything, or the one that torch has drawn where nobody gave it one.
-            self.seed = torch.initial_seed()
+            self.seed, self._begin = torch.initial_seed(), (0, 0)
             if self.trainer is not None:
                 self.seed = self.trainer.strategy.broadcast(self.seed)
         if stage == "fit" and self.vocabulary is None:
@@ -540,6 +540,8 @@ class CaptionData(LightningDataModule):
             return batches(dataset, self.batch_size, workers)  # the same ones again and again, as Lightning wants them
         processes, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
         epoch, position = self._begin
+        if trainer is not None and trainer.current_epoch > epoch:  # by trainer.reload_dataloaders_every_n_epochs
+            epoch, position = trainer.current_epoch, 0
         order = Order(
             len(dataset),
             self.batch_size,
