@@ -16,6 +16,7 @@ from torch import Tensor
 from captioner.errors import InputError
 
 KEY = "captioner"
+PLACE = "resumption"  # where the place in a training is kept, beside Lightning's own state
 VERSION = 2
 OF_WORDS = 1  # of files of COCO's words, which a release that reads this version alone can read, too
 
@@ -42,6 +43,25 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
     scores: dict[str, float]
     vocabulary: dict[str, Any] | None = None
+
+
+class Progress(NamedTuple):
+    """How far the training of a checkpoint has come.
+
+    Attributes
+    ----------
+    epochs, steps : int
+        That are done.
+    validates : bool
+        Whether a validation is still due after the last step.
+    stopped : bool
+        Whether early stopping has ended it.
+    """
+
+    epochs: int
+    steps: int
+    validates: bool
+    stopped: bool
 
 
 def pack(contents: Contents) -> dict[str, Any]:
@@ -95,3 +115,21 @@ def read(path: str | Path) -> Contents:
             "path 'captioner fit' prints at its end."
         ) from error
     return unpack(checkpoint, path)
+
+
+def read_progress(path: Path) -> Progress:
+    """Return how far the training of a checkpoint has come.
+
+    Raises
+    ------
+    InputError
+        Where there is no such file, it is no checkpoint of ours, or holds weights alone.
+    """
+    read(path)
+    held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        epochs, steps = held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], held["global_step"]
+        place = held.get(PLACE, {})
+        return Progress(int(epochs), int(steps), place.get("pending") is True, place.get("stopped") is True)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} does not say how far its training has come: give a last.ckpt of a run.") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from captioner.errors import InputError
+from captioner.errors import InputError, Interrupted
 from captioner.output_files import check_writable, write
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         return 0
+    except Interrupted as end:
+        print(f"captioner: {end}", file=sys.stderr)
+        return end.code
     except KeyboardInterrupt:
         print("captioner: interrupted.", file=sys.stderr)
         return 130
@@ -444,9 +447,11 @@ def _study(args: Sequence[str]) -> int:
 
     from captioner.study_runs import make, plan, tabulate
 
-    complete = options.table_only or make(
-        plan(study, options.output, flags, shlex.join(["captioner", *args])), options.output
-    )
+    command = shlex.join(["captioner", *args])
+    try:
+        complete = options.table_only or make(plan(study, options.output, flags, command), options.output)
+    except Interrupted as end:  # which speaks of the one run
+        raise Interrupted(f"The study is stopped: to go on, {command}", end.code) from None
     tabulate(study, options.output)
     return 0 if complete else 1
 

@@ -20,6 +20,7 @@ from captioner.attention import Annotations
 from captioner.cache_folder import say
 from captioner.errors import InputError, in_one_line
 from captioner.images import Preprocessing, random_box, read_image
+from captioner.order import Draw, Order, mix
 from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
 from captioner.tokens import Tokenizer, TokenizerChoice, choose_tokenizer, mirror, mirror_text, tokenize
@@ -123,52 +124,60 @@ class CaptionedImages(Dataset[Batch]):
         """Return the number of images."""
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Return one image as a batch of one."""
-        return self.__getitems__([index])
+    def __getitem__(self, index: int | Draw) -> Batch:
+        """Return one image as a batch of one, or a batch of which it is said what is drawn for each of its images."""
+        return self._batch(index) if isinstance(index, Draw) else self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a batch, which torch's loader asks for as a whole."""
-        mirrored = None if self.mirrored_captions is None else torch.rand(len(indices)) < 0.5
+        """Return a batch, which torch's loader asks for as a whole; what is drawn for it follows from torch's state."""
+        return self._batch(Draw(indices, torch.randint(2**62, (len(indices),)).tolist()))
+
+    def _batch(self, draw: Draw) -> Batch:
         images = annotations = None
         known = len(self.damaged)  # which only grows, by what is found here
-        if known:
-            indices = self._left(indices)
+        if self.cache is None and self.region_dim is None and self.kept is None:
+            draw, images = self._read(draw)
+        elif known:
+            draw = self._left(draw)
+        indices = draw.indices
+        mirrored = None if self.mirrored_captions is None else torch.tensor([seed % 2 == 1 for seed in draw.seeds])
         if self.cache is not None:
             annotations = self._rows(self.cache, indices, mirrored)
         elif self.region_dim is not None:
             annotations = pad_regions([read_regions(self.records[index].path, self.region_dim) for index in indices])
         elif self.kept is not None:
             images = self.kept[indices]
-        else:
-            indices, images = self._read(indices)
-        mirrored = None if mirrored is None else mirrored[: len(indices)]  # which decides for whatever is left
         if images is not None and mirrored is not None:
             images[mirrored] = images[mirrored].flip(-1)
-        tokens, words = self._tokens(indices, mirrored)
+        tokens, words = self._tokens(draw, mirrored)
         damaged = dict(list(self.damaged.items())[known:])
         return Batch([self.records[index].image_id for index in indices], images, annotations, tokens, words, damaged)
 
-    def _left(self, indices: list[int]) -> list[int]:
-        """Return those of some images that are not known to be damaged, or else any other one."""
-        left = [index for index in indices if index not in self.damaged]
+    def _left(self, draw: Draw) -> Draw:
+        """Return those of some images that are not known to be damaged, or else another one.
+
+        That is the first in an order of its own that can be read: the same one, whatever is known by now.
+        """
+        left = [(index, seed) for index, seed in zip(*draw, strict=True) if index not in self.damaged]
         if not left:
-            others = [index for index in range(len(self)) if index not in self.damaged]
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(draw.seeds[0]))
+            others = [index for index in order.tolist() if index not in self.damaged]
             if not others:
                 raise InputError("None of the images can be read: `captioner check` says why.")
-            left = [others[int(torch.randint(len(others), ()))]]
-        return left
+            left = [(others[0], draw.seeds[0])]
+        return Draw(*map(list, zip(*left, strict=True)))
 
-    def _read(self, indices: list[int]) -> tuple[list[int], Tensor]:
+    def _read(self, draw: Draw) -> tuple[Draw, Tensor]:
         """Return which of some images can be read, and their pixels."""
-        read: dict[int, Tensor] = {}
-        while not read:
-            for index, seed in zip(indices, self._seeds(indices), strict=True):
-                if (pixels := self.pixels_if_readable(index, seed)) is not None:
-                    read[index] = pixels
-            if not read:
-                indices = self._left(indices)
-        return list(read), torch.stack(list(read.values()))
+        while True:
+            read = [
+                (index, seed, pixels)
+                for index, seed in zip(*self._left(draw), strict=True)
+                if (pixels := self.pixels_if_readable(index, seed)) is not None
+            ]
+            if read:
+                indices, seeds, images = map(list, zip(*read, strict=True))
+                return Draw(indices, seeds), torch.stack(images)
 
     def pixels_if_readable(self, index: int, seed: int | None = None) -> Tensor | None:
         """Return an image as `pixels` does, or note why there is none, if such are left out."""
@@ -191,35 +200,37 @@ class CaptionedImages(Dataset[Batch]):
         values = torch.cat([upright.values, other.values])
         return upright._replace(values=values[places.to(values.device)])
 
-    def _tokens(self, indices: list[int], mirrored: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _tokens(self, draw: Draw, mirrored: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.captions is None:
             return None, None
-        is_mirrored = [False] * len(indices) if mirrored is None else mirrored.tolist()
-        drawn = [self._draw(len(self.captions[index])) for index in indices]
+        is_mirrored = [False] * len(draw.indices) if mirrored is None else mirrored.tolist()
+        shown = [self._some(len(self.captions[index]), seed) for index, seed in zip(*draw, strict=True)]
 
         def padded(upright: list[list[list[int]]], other: list[list[list[int]]] | None) -> Tensor:
             sides = [other if other is not None and is_other else upright for is_other in is_mirrored]
             return pad(
-                [[side[index][k] for k in places] for side, index, places in zip(sides, indices, drawn, strict=True)]
+                [
+                    [side[index][place] for place in places]
+                    for side, index, places in zip(sides, draw.indices, shown, strict=True)
+                ]
             )
 
         words = None if self.words is None else padded(self.words, self.mirrored_words)
         return padded(self.captions, self.mirrored_captions), words
 
-    def _draw(self, captions: int) -> list[int]:
+    def _some(self, captions: int, seed: int) -> list[int]:
         """Return the places of the captions to show."""
         if captions <= self.captions_per_image:
             return list(range(captions))
-        return torch.randperm(captions)[: self.captions_per_image].tolist()
-
-    def _seeds(self, indices: list[int]) -> list[int | None]:
-        """Draw what decides each image's part, from torch's generator, which the loader seeds in every worker."""
-        return [None] * len(indices) if self.crop == 1 else torch.randint(2**62, (len(indices),)).tolist()
+        order = torch.randperm(captions, generator=torch.Generator().manual_seed(mix("captions", seed)))
+        return order[: self.captions_per_image].tolist()
 
     def pixels(self, index: int, seed: int | None = None) -> Tensor:
-        """Return an image, (3, S, S) uint8, or the part of it that a seed decides."""
+        """Return an image, (3, S, S) uint8, or the part of it that a seed decides, if a part is asked for."""
         image = read_image(self.records[index].path)
-        box = None if seed is None else random_box(image.width, image.height, self.crop, seed)
+        if seed is None or self.crop == 1:
+            return self.preprocessing.pixels(image)
+        box = random_box(image.width, image.height, self.crop, mix("crop", seed))
         return self.preprocessing.pixels(image, box)
 
     def _read_all(self) -> Tensor:
@@ -273,12 +284,17 @@ def read_by_workers(dataset: CaptionedImages, batch_size: int, workers: int) -> 
         first += len(images)
 
 
-def batches(dataset: CaptionedImages, batch_size: int, workers: int = 0, *, shuffle: bool = False) -> DataLoader[Batch]:
-    """Return a loader of whole batches; the last one holds what is left, so that no image is lost."""
+def batches(
+    dataset: CaptionedImages, batch_size: int, workers: int = 0, *, order: Order | None = None
+) -> DataLoader[Batch]:
+    """Return a loader of whole batches; the last one holds what is left, so that no image is lost.
+
+    They come in the order of the images, or in one that is given, which then makes up the batches.
+    """
     return DataLoader(
         dataset,
-        batch_size,
-        shuffle=shuffle,
+        batch_size if order is None else None,
+        sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0,
         # What is on the device already cannot be pinned, and need not be.
@@ -411,6 +427,8 @@ class CaptionData(LightningDataModule):
         self.records: dict[str, list[CaptionedImage]] = {}
         self.caches: dict[str, AnnotationCache] = {}
         self.mirrored_cache: AnnotationCache | None = None  # of the training images
+        self.seed: int | None = None  # of the order of training and of what is drawn for its images
+        self._begin = (0, 0)
         self._datasets: dict[str, CaptionedImages] = {}
 
     def setup(self, stage: str) -> None:
@@ -423,6 +441,11 @@ class CaptionData(LightningDataModule):
                     if self.regions is None
                     else find_regions(Path(self.regions), self.files.captioned(split))
                 )
+        if stage == "fit":
+            # That of seed_everything, or the one that torch has drawn where nobody gave it one.
+            self.seed, self._begin = torch.initial_seed(), (0, 0)
+            if self.trainer is not None:
+                self.seed = self.trainer.strategy.broadcast(self.seed)
         if stage == "fit" and self.vocabulary is None:
             captions = [caption for record in self.records["train"] for caption in record.captions]
             tokenizer = choose_tokenizer(captions, self.tokenizer)
@@ -565,8 +588,31 @@ class CaptionData(LightningDataModule):
             batch = paths[start : start + self.batch_size]
             yield pad_regions([read_regions(path, self.region_dim) for path in batch], most)
 
-    def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
-        return batches(self._dataset("train"), self.batch_size, self._workers("train"), shuffle=True)
+    def go_on(self, seed: int, epoch: int, position: int) -> None:
+        """Begin training with an epoch's batch of this position, in the order and with the draws of a run's seed."""
+        self.seed, self._begin = seed, (epoch, position)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader whose batches follow from seed, epoch and position alone."""
+        assert self.seed is not None
+        dataset, workers = self._dataset("train"), self._workers("train")
+        trainer = self.trainer
+        if trainer is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return batches(dataset, self.batch_size, workers)  # the same ones again and again, as Lightning wants them
+        processes, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        epoch, position = self._begin
+        if trainer is not None and trainer.current_epoch > epoch:  # by trainer.reload_dataloaders_every_n_epochs
+            epoch, position = trainer.current_epoch, 0
+        order = Order(
+            len(dataset),
+            self.batch_size,
+            self.seed,
+            processes=processes,
+            rank=rank,
+            epoch=epoch,
+            position=position,
+        )
+        return batches(dataset, self.batch_size, workers, order=order)
 
     def val_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         return batches(self._dataset("val"), self.batch_size, self._workers("val"))

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and the one that a signal does."""
 
 
 class InputError(Exception):
@@ -7,6 +7,24 @@ class InputError(Exception):
     The message is one sentence that says what is wrong, where, and how to mend it. The command line prints it
     without a traceback and ends with a non-zero exit code.
     """
+
+
+class Interrupted(BaseException):
+    """A signal has ended a training.
+
+    The message is one sentence that says what is saved and how to go on, which the command line prints.
+
+    Parameters
+    ----------
+    message : str
+        The sentence.
+    code : int
+        What the command ends with: 128 and the signal's number, as shells have it.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def in_one_line(text: object) -> str:

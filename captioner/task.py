@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -40,6 +40,7 @@ from captioner.model import Captioner, describe
 from captioner.objectives import CrossEntropy, WordPresence, average
 from captioner.output_files import check_writable
 from captioner.results import write_results
+from captioner.resumption import Resumption
 from captioner.search import Hypothesis
 from captioner.self_critical import Reward, SelfCritical
 from captioner.tokens import Tokenizer
@@ -256,10 +257,9 @@ class CaptioningTask(LightningModule):
                 "model.encoder_learning_rate to null, or the encoder's learns to true or to the name of a part."
             )
 
-    def on_fit_start(self) -> None:
-        """Let each process draw dropout and captions of its own: Lightning gives the same seed to all."""
-        if not self.trainer.is_global_zero:
-            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
+    def configure_callbacks(self) -> list[Callback]:
+        """Let a training be gone on with exactly, whoever has made the trainer."""
+        return [Resumption()]
 
     def _load_initial_weights(self) -> None:
         """Load what training starts from: the weights of `initial_weights`, or else the encoder's pretrained ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -15,10 +16,11 @@ import torch
 import torch.distributed
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +29,11 @@ from torch import Tensor
 from captioner import attention_health, checkpoint
 from captioner.cache_folder import in_gigabytes, say
 from captioner.datamodule import CaptionData
-from captioner.errors import InputError
+from captioner.errors import InputError, Interrupted
+from captioner.interruption import Interruption
 from captioner.model_card import write_card
 from captioner.report import remarks, show
+from captioner.run_folder import RunLog, find_last, finished
 from captioner.task import CaptioningTask
 from captioner.tokens import TOKENIZERS, Tokenizer
 from captioner.validation_pictures import ValidationPictures
@@ -96,9 +100,34 @@ class BestAndLast(ModelCheckpoint):
         return {**super().state_dict(), "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the time of the run that this one goes on from."""
-        super().load_state_dict(state_dict)
+        """Take up the best score and the time of the run that this one goes on from, whose folder may have moved."""
+        super().load_state_dict(self._moved(state_dict))
         self._seconds_before = state_dict.get("seconds", 0.0)  # which earlier releases did not keep
+
+    def _moved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with the paths of files in this folder, as far as they are there, in place of others."""
+        folder = Path(str(self.dirpath))
+        there = {path: str(folder / Path(path).name) for path in state.get("best_k_models", {})}
+        if not all(Path(path).is_file() for path in there.values()):
+            return {**state, "dirpath": ""}  # for which Lightning forgets the best score
+        names = ("best_model_path", "kth_best_model_path", "last_model_path")
+        return {
+            **state,
+            "dirpath": self.dirpath,
+            "best_k_models": {there[path]: score for path, score in state.get("best_k_models", {}).items()},
+            **{name: state[name] and str(folder / Path(state[name]).name) for name in names if name in state},
+        }
+
+    def save_now(self, trainer: Trainer) -> str | None:
+        """Write last.ckpt, whatever is set, and return its path; None in a trial that writes nothing."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+        if trainer.is_global_zero and Path(path).is_symlink():  # of checkpoint.save_last "link", to the best
+            Path(path).unlink()
+        self.last_model_path = path
+        self._save_checkpoint(trainer, path)
+        return path
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
@@ -148,6 +177,31 @@ class TrainingCLI(LightningCLI):
             if name in ("fit", "validate", "test")
         }
 
+    finished: Path | None = None  # the folder of the run that was to be gone on with, and has come to its end
+    _run_folder: Path | None = None  # the folder of the run that is gone on with
+
+    def before_instantiate_classes(self) -> None:
+        """Find the run that `--ckpt_path last` means."""
+        if self.subcommand != "fit" or self._get(self.config, "ckpt_path") != "last":
+            return
+        settings = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        run = find_last(settings)
+        self.config["fit"]["ckpt_path"] = None
+        if run is None or not run.checkpoint.is_file():
+            why = "There is no run yet" if run is None else f"{run.folder} was stopped before its first checkpoint"
+            _say_once(f"{why}: this one begins anew.")
+        elif finished(run):
+            self.finished = run.folder
+        else:
+            _say_once(f"Going on with {run.folder}.")
+            self.config["fit"]["ckpt_path"], self._run_folder = str(run.checkpoint), run.folder
+            self.save_config_callback = None  # it is there
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer, if there is something to do."""
+        if self.finished is None:
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard in one folder per run, unless the configuration names loggers of its own."""
         self.model.check_settings(self.subcommand)
@@ -159,7 +213,12 @@ class TrainingCLI(LightningCLI):
                 "name": "",
                 "version": time.strftime("%Y-%m-%d_%H-%M-%S"),
             }
-            kwargs["logger"] = [CSVLogger(**where), TensorBoardLogger(**where)] if self.subcommand == "fit" else False
+            begin = None
+            if self._run_folder is not None:
+                begin = checkpoint.read_progress(resumed)
+                where |= {"save_dir": str(self._run_folder.parent), "version": self._run_folder.name}
+            logs = [RunLog(begin, **where), TensorBoardLogger(**where)] if self.subcommand == "fit" else False
+            kwargs["logger"] = logs
         checkpoints = self._get(self.config_init, "checkpoint")
         if self.subcommand == "fit" and checkpoints.dirpath is None and resumed:
             # Where the run goes on: in a folder of its own Lightning would forget the best score reached before.
@@ -171,6 +230,8 @@ class TrainingCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; where several processes do and one fails, that one says why and the others end with it, silently."""
+        if self.finished is not None:
+            return
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as end:
@@ -178,12 +239,20 @@ class TrainingCLI(LightningCLI):
             if isinstance(end.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
                 raise KeyboardInterrupt from None
             raise
+        except Interrupted:
+            self._end_others()
+            if not self.trainer.is_global_zero:
+                raise SystemExit(0) from None  # any other code, and Lightning kills the one that says how to go on
+            raise
         except Exception:
             if not _fails_first():
                 raise SystemExit(2) from None
-            for process in getattr(self.trainer.strategy.launcher, "procs", ()):
-                process.kill()  # it could wait for this one for ever
+            self._end_others()
             raise
+
+    def _end_others(self) -> None:
+        for process in getattr(self.trainer.strategy.launcher, "procs", ()):
+            process.kill()  # it could wait for this one for ever
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Leave the table of scores to :func:`print_scores`."""
@@ -206,6 +275,16 @@ class ScoreLines(Callback):
         self.started = time.monotonic()
         self.watched = "loss"
         self.values: list[torch.Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep what the next line is made of."""
+        values = torch.stack(self.values).cpu() if self.values else torch.empty(0)
+        return {"fault": self.fault, "seconds": time.monotonic() - self.started, "values": values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the line where it was left."""
+        self.fault, self.values = state_dict["fault"], list(state_dict["values"])
+        self.started = time.monotonic() - state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how to see the curves and pictures, of which TensorBoard by itself shows ten epochs only."""
@@ -235,7 +314,8 @@ class ScoreLines(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         )
-        mean = torch.stack(self.values).mean().item() if self.values else float("nan")
+        # Those of before a run was gone on with lie in another memory than those of a GPU.
+        mean = torch.stack([value.cpu() for value in self.values]).mean().item() if self.values else float("nan")
         minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
         self.values = []
         line = f"epoch {trainer.current_epoch + 1}  {minutes}:{seconds:02}  {self.watched} {mean:.3f}  {scores}"
@@ -278,8 +358,13 @@ def train(args: Sequence[str]) -> TrainingCLI:
     InputError
         Where a setting, a file or a checkpoint cannot be used.
     """
-    # Beside the checkpoints of a run; a test has no run of its own to keep it in.
-    cli = _run(TrainingCLI, args, SaveConfigCallback if list(args[:1]) == ["fit"] else None)
+    if list(args[:1]) == ["fit"]:
+        cli = _fit(args)
+        if cli.finished is not None:
+            _say_once(f"{cli.finished} has come to its end: there is nothing to go on with.")
+            return cli
+    else:
+        cli = _run(TrainingCLI, args, None)  # a test has no run of its own to keep a configuration in
     if cli.trainer.is_global_zero:
         if cli.subcommand == "fit":
             path = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
@@ -297,6 +382,24 @@ def train(args: Sequence[str]) -> TrainingCLI:
         else:
             _print_test(cli.model, cli.trainer)
     return cli
+
+
+def _fit(args: Sequence[str]) -> TrainingCLI:
+    """Train, until it is done or a signal comes."""
+    kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (arg, before)]
+    kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
+    interruption = Interruption(shlex.join(["captioner", *kept, "--ckpt_path", "last"]))
+    interruption.listen(signal.SIGTERM, signal.SIGINT)
+    try:
+        return _run(TrainingCLI, args, SaveConfigCallback, [interruption])  # beside the checkpoints
+    finally:
+        interruption.stop_listening()
+
+
+@rank_zero_only
+def _say_once(line: str) -> None:
+    """Say something in the first process; the others of a run are not yet known to each other."""
+    say(line)
 
 
 def _print_test(task: CaptioningTask, trainer: Trainer) -> None:
@@ -390,7 +493,10 @@ class _CacheCLI(TrainingCLI):
 
 
 def _run(
-    kind: type[TrainingCLI], args: Sequence[str], save_config_callback: type[SaveConfigCallback] | None
+    kind: type[TrainingCLI],
+    args: Sequence[str],
+    save_config_callback: type[SaveConfigCallback] | None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingCLI:
     args = list(args)
     torch.set_float32_matmul_precision("high")
@@ -403,7 +509,7 @@ def _run(
             CaptionData,
             args=args,
             parser_class=Parser,
-            trainer_defaults={"callbacks": [_QuietBar(), ScoreLines(), LearningRateMonitor()]},
+            trainer_defaults={"callbacks": [_QuietBar(), ScoreLines(), LearningRateMonitor(), *callbacks]},
             save_config_callback=save_config_callback,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
@@ -440,7 +546,9 @@ def _quiet() -> None:
         "does not have many workers",  # batches of cached annotations are slices of memory: processes would only cost
         "args parameter is intended to run from within Python",
         "Checkpoint directory .* exists and is not empty",
+        "Experiment logs directory .* exists and is not empty",  # which RunLog goes on with
         "Found .* in eval mode at the start of training",  # a frozen encoder
+        "You're resuming from a checkpoint that ended before the epoch ended",  # which ours can, see Resumption
         "The dirpath has changed from",  # on validating and testing, which save nothing
         "Using `DistributedSampler` with the dataloaders",  # which gives an image twice: it is scored once
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",

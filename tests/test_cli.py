@@ -6,8 +6,11 @@ import pytest
 from PIL import Image
 
 import captioner
+from captioner import study_runs
 from captioner.caption_command import picture_names
 from captioner.cli import HELP, main
+from captioner.demo import recipe as recipe_of
+from captioner.errors import Interrupted
 from captioner.images import find_images
 from captioner.model import Captioner
 
@@ -59,6 +62,17 @@ def test_interrupting_is_no_traceback(monkeypatch, capsys, images, best):
     monkeypatch.setattr(Captioner, "annotate", interrupt)
     assert main(["caption", str(images[0]), "--checkpoint", str(best)]) == 130
     assert one_line(capsys) == "captioner: interrupted.\n"
+
+
+def test_a_study_that_a_signal_stops_says_how_the_study_goes_on(monkeypatch, capsys):
+    def stopped(*_):
+        raise Interrupted("Stopped by SIGTERM after step 3.", 143)
+
+    monkeypatch.setattr(study_runs, "make", stopped)
+    monkeypatch.setattr(study_runs, "plan", lambda *_: [])
+    command = ["study", "--config", str(recipe_of("study.yaml"))]
+    assert main(command) == 143
+    assert one_line(capsys) == f"captioner: The study is stopped: to go on, captioner {' '.join(command)}\n"
 
 
 # Captions

@@ -212,10 +212,38 @@ def test_a_mistake_that_one_process_meets_ends_both_with_one_sentence(scenes, re
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_both_with_one_sentence(recipe, tmp_path):
+def test_an_interrupt_ends_both_after_the_same_step_with_one_sentence(recipe, tmp_path):
     endless = ["--trainer.max_epochs", "9999", "--early_stopping.patience", "9999"]
     process = start("main", "fit", recipe, tmp_path, *endless)
     while not process.stdout.readline().startswith("epoch"):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    assert [line for line in sentences(process) if line] == ["captioner: interrupted."] and process.returncode == 130
+    (said,) = (line for line in sentences(process) if line)
+    (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert said.startswith(f"captioner: Stopped by SIGINT after step {step}, saved in {last}: to go on, captioner fit")
+    assert process.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_stops_both_and_they_go_on_exactly(recipe, tmp_path):
+    flags = ["--trainer.max_epochs", "12", "--early_stopping.patience", "99", "--model.dropout", "0.3"]
+    flags += ["--data.batch_size", "2", "--model.attention_health", "false", "--ckpt_path", "last"]
+    ends = []
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name
+        folder.mkdir()
+        process = start("main", "fit", recipe, folder, *flags)
+        if name == "stopped":
+            while not process.stdout.readline().startswith("epoch 2 "):
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)  # to the first one alone
+            (said,) = sentences(process)
+            assert said.startswith("captioner: Stopped by SIGTERM after step ") and process.returncode == 143
+            process = start("main", "fit", recipe, folder, *flags)
+        assert sentences(process) == [] and process.returncode == 0
+        (last,) = folder.glob("runs/*/checkpoints/last.ckpt")
+        ends.append(torch.load(last, weights_only=True))
+    one, other = ends
+    assert one["global_step"] == other["global_step"] == 12 * 6
+    assert_same(one["state_dict"], other["state_dict"], 0)
