@@ -86,7 +86,9 @@ def check_folder(folder: Path) -> None:
     while not there.exists():
         there = there.parent
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise InputError(f"Files in {folder} cannot be written: see that they can be made in {there}, or write elsewhere.")
+        raise InputError(
+            f"Files in {folder} cannot be written: see that they can be made in {there}, or write elsewhere."
+        )
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class BestAndLast(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See that checkpoints can be written, and clear away what a killed run has left beside them."""
         super().setup(trainer, pl_module, stage)
-        writes = stage == TrainerFn.FITTING and trainer.is_global_zero and not trainer.fast_dev_run
+        writes = stage == TrainerFn.FITTING and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         if writes and "://" not in str(self.dirpath):
             check_folder(Path(str(self.dirpath)))
             clear_unfinished(Path(str(self.dirpath)))
