@@ -82,7 +82,7 @@ def poison(setattr):
 
 
 def start(to, command, recipe, folder, *flags):
-    """Start a command in two processes, which note what they end with in the folder `to`; "main", "poisoned": nowhere."""
+    """Start a command in two processes, which note what they end with in the folder `to`, unless it is "main"."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent)]
