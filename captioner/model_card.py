@@ -14,12 +14,12 @@ import torch
 
 from captioner import __version__
 from captioner.attention_health import Health
+from captioner.checkpoint_files import replacing
 from captioner.datamodule import CaptionData
 from captioner.encoders import ForeignEncoder
 from captioner.metrics import diversity, interval, resample
 from captioner.metrics.bootstrap import RESAMPLES
 from captioner.model import Captioner, describe
-from captioner.output_files import write
 from captioner.task import CaptioningTask
 from captioner.tokens import TOKENIZERS, tokenize
 
@@ -44,7 +44,8 @@ def write_card(checkpoint: Path, task: CaptioningTask, seconds: float) -> Path:
         If it cannot be written.
     """
     path = checkpoint.with_suffix(".md")
-    write(path, model_card(checkpoint.name, task, seconds))
+    with replacing(path) as file:
+        file.write(model_card(checkpoint.name, task, seconds).encode(errors="backslashreplace"))
     return path
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -34,6 +34,7 @@ from captioner.ensemble import Ensemble
 from captioner.errors import InputError
 from captioner.evaluation import Evaluation, ReferenceCaptions, evaluate_captions
 from captioner.faithfulness import Hiding, attends, examine, probe, texts
+from captioner.finiteness import Watch
 from captioner.images import Preprocessing, read_image
 from captioner.metrics import Score, score_captions
 from captioner.model import Captioner, describe
@@ -171,6 +172,7 @@ class CaptioningTask(LightningModule):
         self.compiles, self.initial_weights = compile, initial_weights
         self.model: Captioner | None = None
         self._starts = False  # built, and with no weights from anywhere yet
+        self._watch = Watch()
         self.presence: WordPresence | None = None
         self.ensemble = [ensemble] if isinstance(ensemble, str | Path) else list(ensemble or ())
         self.results, self.attention_health = results, attention_health
@@ -363,6 +365,7 @@ class CaptioningTask(LightningModule):
         size = len(batch.image_ids)
         # Over all processes, in one message: Lightning's sync_dist sends two for each value.
         mean, *means = average(torch.stack([total, *parts.values()]))
+        self._watch.note(batch.image_ids, total, mean)
         self.log("train/loss", mean, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in zip(parts, means, strict=True)}, batch_size=size)
         return total
@@ -575,13 +578,40 @@ class CaptioningTask(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients, in bfloat16 too, where Lightning refuses a fused optimiser although nothing is scaled."""
+        """Stop where a loss or a gradient is not finite, which is seen from the norm that clipping needs; then clip.
+
+        Lightning would refuse a fused optimiser in bfloat16, although nothing is scaled there. Where float16 is scaled,
+        a step whose gradients are not finite is left out and the scale made smaller: there the loss alone is watched.
+
+        Raises
+        ------
+        InputError
+            Where it stops.
+        """
         plugin = self.trainer.precision_plugin
-        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        largest = gradient_clip_val or 0.0  # 0: they are not clipped
+        by_value = gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+        norm = None
+        if largest > 0 and not by_value:
+            norm = nn.utils.clip_grad_norm_(parameters, largest)
+        elif not scaled:
+            norm = nn.utils.get_total_norm(gradients)
+        self._watch.look(gradients, None if scaled else norm, when=self._when, saved=self._saved)
+        if largest > 0 and by_value:
+            nn.utils.clip_grad_value_(parameters, largest)
+
+    @property
+    def _when(self) -> str:
+        return f"step {self.trainer.global_step + 1} (epoch {self.trainer.current_epoch + 1})"
+
+    @property
+    def _saved(self) -> str:
+        callback = self.trainer.checkpoint_callback
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        return f"the last checkpoint before is {path}" if path else "no checkpoint was written before"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the captioner under its own key, complete and free of code."""

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from captioner import attention_health, checkpoint
 from captioner.cache_folder import in_gigabytes, say
+from captioner.checkpoint_files import check_folder, clear_unfinished, explaining, replacing, use_checkpoint_files
 from captioner.datamodule import CaptionData
 from captioner.errors import InputError, Interrupted
 from captioner.interruption import Interruption
@@ -76,19 +78,101 @@ class Parser(LightningArgumentParser):
         return next((name for name in ("validate", "test") if name in self.prog.split()), "fit")
 
 
-class BestAndLast(ModelCheckpoint):
-    """Lightning's, which writes last.ckpt only together with a new best: too old to go on from after a plateau.
+@dataclass
+class Interval:
+    """A span of time.
 
-    Beside each best checkpoint stands its model card.
+    Parameters
+    ----------
+    minutes : float
+        Its length, above 0.
+    """
+
+    minutes: float
+
+
+class BestAndLast(ModelCheckpoint):
+    """Writes best.ckpt, with its model card, after the best validation, and last.ckpt after every one and in between.
+
+    Lightning's class writes last.ckpt only together with a new best, which is too old to go on from after a plateau,
+    and neither of them between two validations if the best is to be kept.
+
+    Parameters
+    ----------
+    every_n_train_steps : int, optional
+        Write last.ckpt after every so many steps, too.
+    train_time_interval : Interval, optional
+        Write last.ckpt so long after it was written, too.
+    save_last : bool
+        Write last.ckpt at all.
+    **settings
+        Of Lightning's class, about best.ckpt.
+
+    Raises
+    ------
+    InputError
+        Where an interval is no interval, or there is no last.ckpt to write in between.
     """
 
     _seconds_before = 0.0  # of training, in the runs that this one goes on from
     _started: float | None = None
 
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        train_time_interval: Interval | None = None,
+        save_last: bool = True,
+        **settings: Any,
+    ) -> None:
+        # Lightning's own two intervals are of best.ckpt, and put an end to saving after validations.
+        super().__init__(every_n_train_steps=None, train_time_interval=None, save_last=save_last, **settings)
+        self._every, self._interval = every_n_train_steps or 0, train_time_interval
+        if self._every < 0:
+            raise InputError(
+                f"checkpoint.every_n_train_steps is {self._every}: give a whole number above 0, or null for never."
+            )
+        if self._interval is not None and not self._interval.minutes > 0:
+            raise InputError(
+                f"checkpoint.train_time_interval.minutes is {self._interval.minutes}: give a number above 0."
+            )
+        if (self._every or self._interval) and not save_last:
+            raise InputError(
+                "checkpoint.every_n_train_steps and checkpoint.train_time_interval write last.ckpt, which "
+                "checkpoint.save_last false leaves out: set it to true."
+            )
+        self._step = 0  # the last one that was seen to its end
+        self._saved_at = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See that checkpoints can be written, and clear away what a killed run has left beside them."""
+        super().setup(trainer, pl_module, stage)
+        writes = stage == TrainerFn.FITTING and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+        if writes and "://" not in str(self.dirpath):
+            check_folder(Path(str(self.dirpath)))
+            clear_unfinished(Path(str(self.dirpath)))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure the time."""
         super().on_train_start(trainer, pl_module)
-        self._started = time.monotonic()
+        self._started = self._saved_at = time.monotonic()
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Write last.ckpt where it is due by steps or by time."""
+        super().on_train_batch_end(trainer, *args)
+        step = trainer.global_step
+        if step == self._step:  # gradients are being added up
+            return
+        self._step = step
+        due = self._every > 0 and step % self._every == 0
+        if self._interval is not None:
+            late = time.monotonic() - self._saved_at >= 60 * self._interval.minutes
+            due = due or trainer.strategy.broadcast(late)  # the clock of one process decides for all
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            # A validation that follows upon this step saves as if nothing had been saved here.
+            before = self._last_global_step_saved, self._last_checkpoint_saved
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_global_step_saved, self._last_checkpoint_saved = before
 
     @property
     def seconds(self) -> float:
@@ -123,11 +207,13 @@ class BestAndLast(ModelCheckpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
-        if trainer.is_global_zero and Path(path).is_symlink():  # of checkpoint.save_last "link", to the best
-            Path(path).unlink()
         self.last_model_path = path
         self._save_checkpoint(trainer, path)
         return path
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._saved_at = time.monotonic()
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
@@ -140,6 +226,22 @@ class BestAndLast(ModelCheckpoint):
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             Path(filepath).with_suffix(".md").unlink(missing_ok=True)
+
+
+class SaveConfiguration(SaveConfigCallback):
+    """Lightning's, which writes the file whole or not at all."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, and clear away what killed runs have left beside it."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes ask for together
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, in the first process."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(self._folder)
+        with replacing(self._folder / self.config_filename) as file:
+            file.write(self.parser.dump(self.config, skip_none=False).encode())
 
 
 class TrainingCLI(LightningCLI):
@@ -155,7 +257,6 @@ class TrainingCLI(LightningCLI):
                 "checkpoint.monitor": MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
                 "early_stopping.monitor": MONITOR,
                 "early_stopping.mode": "max",
@@ -226,14 +327,17 @@ class TrainingCLI(LightningCLI):
         if self._get(self.config_init, "trainer.logger") is False:  # to which no rate can be logged
             callbacks = self.trainer_defaults["callbacks"]
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        use_checkpoint_files(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; where several processes do and one fails, that one says why and the others end with it, silently."""
         if self.finished is not None:
             return
         try:
-            super()._run_subcommand(subcommand)
+            with explaining(self.trainer.default_root_dir):
+                super()._run_subcommand(subcommand)
         except SystemExit as end:
             # What Lightning makes of Ctrl-C, which reaches all processes.
             if isinstance(end.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
@@ -391,7 +495,7 @@ def _fit(args: Sequence[str]) -> TrainingCLI:
     interruption = Interruption(shlex.join(["captioner", *kept, "--ckpt_path", "last"]))
     interruption.listen(signal.SIGTERM, signal.SIGINT)
     try:
-        return _run(TrainingCLI, args, SaveConfigCallback, [interruption])  # beside the checkpoints
+        return _run(TrainingCLI, args, SaveConfiguration, [interruption])  # beside the checkpoints
     finally:
         interruption.stop_listening()
 
@@ -511,7 +615,7 @@ def _run(
             parser_class=Parser,
             trainer_defaults={"callbacks": [_QuietBar(), ScoreLines(), LearningRateMonitor(), *callbacks]},
             save_config_callback=save_config_callback,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=1,

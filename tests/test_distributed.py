@@ -25,14 +25,16 @@ import signal
 import sys
 import torch
 from test_annotation_cache import Counting
-from test_distributed import seed_the_build
+from test_distributed import poison, seed_the_build
 from captioner.cli import main
 from captioner.training import train
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 
 if __name__ == "__main__":
-    if sys.argv[1] == "main":
+    if sys.argv[1] in ("main", "poisoned"):
+        if sys.argv[1] == "poisoned":
+            poison(setattr)
         sys.exit(main(sys.argv[2:]))
     seed_the_build(setattr)
     cli = train(sys.argv[2:])
@@ -64,8 +66,23 @@ def seed_the_build(setattr):
     setattr(CaptioningTask, "_build", seeded)
 
 
+def poison(setattr):
+    """Let the second process have no loss at its second step."""
+    step = CaptioningTask._cross_entropy
+    calls = []
+
+    def spoilt(task, *args):
+        total, parts = step(task, *args)
+        calls.append(total)
+        if task.trainer.global_rank == 1:
+            print("poisoned" if len(calls) == 2 else "well", flush=True)
+        return total * float("nan") if len(calls) == 2 and task.trainer.global_rank == 1 else total, parts
+
+    setattr(CaptioningTask, "_cross_entropy", spoilt)
+
+
 def start(to, command, recipe, folder, *flags):
-    """Start a command in two processes, which note what they end with in the folder `to`; "main" has no notes."""
+    """Start a command in two processes, which note what they end with in the folder `to`, unless it is "main"."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent)]
@@ -95,11 +112,18 @@ def sentences(process):
     return [line for line in err.splitlines() if not line.startswith("Initializing distributed")]
 
 
+def logged(folder, kind):
+    """Return the figures of a kind, "train" or "val", as a run logged them one after the other."""
+    with open(folder / "metrics.csv") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    found = [{name: value for name, value in row.items() if name.startswith(f"{kind}/")} for row in rows]
+    return [row for row in found if row]
+
+
 def losses(folder):
     """Return the loss and its parts as the one step of a run logged them."""
-    with open(folder / "metrics.csv") as file:
-        (line,) = (line for line in csv.DictReader(file) if line["train/loss"])
-    return {name: float(value) for name, value in line.items() if name.startswith("train/")}
+    (line,) = logged(folder, "train")
+    return line
 
 
 def moments(folder):
@@ -150,6 +174,41 @@ def test_two_halves_of_a_batch_train_as_the_whole(uneven, recipe, fit, tmp_path,
     assert out.count("epoch 1") == out.count("CIDEr-D") / 2 == out.count("Checkpoint: ") == 1
     names = sorted(path.name for path in run.rglob("*") if path.is_file() and not path.name.startswith("events.out"))
     assert names == ["best.ckpt", "best.md", "config.yaml", "hparams.yaml", "last.ckpt", "metrics.csv"]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_and_scores_of_one(uneven, recipe, fit, tmp_path, monkeypatch):
+    # A batch is the whole split, of which each of two processes takes a half: it is the same in whichever order. All
+    # captions come along, and there is no dropout.
+    flags = ["--data.files.root", str(uneven), "--data.captions_per_image", "5", "--model.dropout", "0", *FOREIGN]
+    flags += ["--trainer.max_epochs", "20", "--early_stopping.patience", "99", "--trainer.gradient_clip_val", "1"]
+    seed_the_build(monkeypatch.setattr)
+    one = fit(*flags, "--data.batch_size", "22")
+    first, second, out = in_two("fit", recipe, tmp_path, *flags, "--data.batch_size", "11")
+    (run,), one_run = (tmp_path / "runs").iterdir(), Path(one.trainer.loggers[0].log_dir)
+    found, expected = logged(run, "train"), logged(one_run, "train")
+    assert (
+        len(found) == len(expected) == first["steps"] == 20 and expected[-1]["train/loss"] < expected[0]["train/loss"]
+    )
+    assert all(row == pytest.approx(other, abs=1e-5) for row, other in zip(found, expected, strict=True))
+    found, expected = logged(run, "val"), logged(one_run, "val")
+    assert len(found) == len(expected) == 20 and expected[-1]["val/CIDEr-D"] > 0
+    assert all(row == pytest.approx(other, abs=1e-9) for row, other in zip(found, expected, strict=True))
+    assert first["scores"] == second["scores"] == pytest.approx(one.model.scores, abs=1e-9)
+    assert out.count("epoch ") == 20 and len(list(run.glob("events.out*"))) == len(list(run.glob("**/*.csv"))) == 1
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_ends_both(recipe, tmp_path):
+    process = start("poisoned", "fit", recipe, tmp_path, "--data.batch_size", "4")
+    out, err = process.communicate(timeout=120)
+    (said,) = (line for line in err.splitlines() if not line.startswith("Initializing distributed"))
+    assert said.startswith("captioner: The loss is nan in step 2 (epoch 1), where the images were ")
+    assert said.partition("images were ")[2].partition(";")[0].count(",") == 3  # those of one process
+    assert (
+        process.returncode == 2
+        and [line for line in out.splitlines() if "ell" in line or "poi" in line][-1] == "poisoned"
+    )
 
 
 @pytest.mark.slow

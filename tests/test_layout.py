@@ -41,6 +41,8 @@ LEVELS = {
         "scenes",
         "annotation_cache",
         "cache_listing",
+        "checkpoint_files",
+        "finiteness",
     ],
     2: ["model", "objectives", "datamodule", "evaluation", "caption_files", "attention_health", "dataset_check"],
     3: [
