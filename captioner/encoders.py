@@ -6,6 +6,7 @@ VGG-16 and the ResNets of torchvision, a small CNN that learns from scratch, and
 
 from __future__ import annotations
 
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.utils.checkpoint import checkpoint
 
 from captioner.attention import Annotations
+from captioner.checkpoint import load
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 
@@ -255,7 +257,12 @@ class TorchvisionEncoder(Encoder):
                 ) from error
         else:
             try:
-                tensors = torch.load(self.weights, map_location="cpu", weights_only=True)
+                # The oldest weights of torchvision are in the form that was before the zip archives.
+                tensors = (
+                    load(self.weights)
+                    if zipfile.is_zipfile(self.weights)
+                    else torch.load(self.weights, map_location="cpu", weights_only=True)
+                )
             except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
                 raise InputError(
                     f"The encoder's weights {self.weights} are no file that torch can read ({type(error).__name__}): "

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from captioner.errors import InputError
+from captioner.text_files import read_data
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -706,9 +707,9 @@ def read_scenes(directory: Path, split: str) -> dict[int, Scene]:
     if not path.is_file():
         raise InputError(f"there is no {path}: write the scenes of split '{split}' first")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_data(path))
         return {int(image_id): Scene.from_json(scene) for image_id, scene in values.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{path} does not hold the boxes of drawn scenes, as its name says: write them again, or give a file of "
             "your own another name."

@@ -185,8 +185,9 @@ class TrainingCLI(LightningCLI):
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Leave the table of scores to :func:`print_scores`."""
+        """Leave the table of scores to :func:`print_scores`, and code in a checkpoint alone."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True  # whatever torch takes as its default, which a variable of the shell can change
         return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}
 
     def _parse_ckpt_path(self) -> None:
@@ -463,6 +464,8 @@ def check_files(args: Sequence[str]) -> None:
                 raise InputError(f"The configuration {path} is not a text file: give a YAML file.") from None
             except yaml.YAMLError as error:
                 raise InputError(f"The configuration {path} is no YAML: {' '.join(str(error).split())}.") from None
+            except (RecursionError, ValueError):  # lists in lists in lists, a number of thousands of digits
+                raise InputError(f"The configuration {path} is no YAML that can be read: write it again.") from None
             if not isinstance(settings, dict):
                 raise InputError(f"The configuration {path} holds no settings: write some, as in configs/scenes.yaml.")
 
