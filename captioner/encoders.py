@@ -6,6 +6,7 @@ VGG-16 and the ResNets of torchvision, a small CNN that learns from scratch, and
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -248,13 +249,7 @@ class TorchvisionEncoder(Encoder):
             return
         name = _published_name(self.architecture, self.weights)
         if name is not None:
-            try:
-                tensors = torchvision.models.get_weight(name).get_state_dict(progress=True, check_hash=True)
-            except OSError as error:
-                raise InputError(
-                    f"The weights {name} could not be downloaded ({error}): download them elsewhere and give the "
-                    "file's path as the encoder's weights."
-                ) from error
+            tensors = _published(name)
         else:
             try:
                 # The oldest weights of torchvision are in the form that was before the zip archives.
@@ -389,6 +384,32 @@ class ResNet(TorchvisionEncoder):
             recompute=recompute,
         )
         self.depth, self.stage = depth, stage
+
+
+def _published(name: str) -> Any:
+    """Return torchvision's weights, downloaded once; the hash of the file is in its name.
+
+    Raises
+    ------
+    InputError
+        Where the download fails, or the file is another than was published.
+    """
+    weights = torchvision.models.get_weight(name)
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if file.is_file():  # torch looks at the hash of what it downloads, and never again
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if not digest.startswith(file.stem.rpartition("-")[2]):
+            raise InputError(
+                f"{file} is not what was published as {name}, by its hash: delete it, and it is downloaded again."
+            )
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"The weights {name} could not be downloaded ({error}): download them elsewhere and give the file's path "
+            "as the encoder's weights."
+        ) from error
 
 
 def _published_name(architecture: str, weights: str) -> str | None:

@@ -705,7 +705,7 @@ def read_scenes(directory: Path, split: str) -> dict[int, Scene]:
     """
     path = directory / f"scenes_{split}.json"
     if not path.is_file():
-        raise InputError(f"there is no {path}: write the scenes of split '{split}' first")
+        raise InputError(f"There is no {path}: write the scenes of split '{split}' first.")
     try:
         values = json.loads(read_data(path))
         return {int(image_id): Scene.from_json(scene) for image_id, scene in values.items()}

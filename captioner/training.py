@@ -6,8 +6,10 @@ import logging
 import shlex
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
@@ -171,7 +174,8 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; where several processes do and one fails, that one says why and the others end with it, silently."""
         try:
-            super()._run_subcommand(subcommand)
+            with _faults_of_restoring():
+                super()._run_subcommand(subcommand)
         except SystemExit as end:
             # What Lightning makes of Ctrl-C, which reaches all processes.
             if isinstance(end.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
@@ -195,6 +199,26 @@ class TrainingCLI(LightningCLI):
 
         Lightning would feed the file's hyper-parameters to the parser, which runs the constructors that they name.
         """
+
+
+@contextmanager
+def _faults_of_restoring() -> Iterator[None]:
+    """Raise as an `InputError` whatever Lightning trips over in a checkpoint that holds other things than it wrote."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if any(
+            code.co_filename == checkpoint_connector.__file__ and code.co_name.startswith(("restore", "resume"))
+            for code in frames
+        ):
+            raise InputError(
+                f"The file of --ckpt_path is damaged, or was not written by captioner ({type(error).__name__} in what "
+                "stands beside the model): take another copy of it."
+            ) from error
+        raise
 
 
 class ScoreLines(Callback):
