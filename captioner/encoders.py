@@ -29,6 +29,9 @@ from captioner.errors import InputError
 from captioner.images import Preprocessing
 
 
+LARGEST_GRID = 256  # rows and columns that a map may be pooled to
+
+
 class Encoder(nn.Module):
     """Turns normalised images (B, 3, S, S) into annotations.
 
@@ -49,6 +52,11 @@ class Encoder(nn.Module):
     pretrained : bool
         Its weights were learnt elsewhere. Batch norm then stays frozen, as it does wherever `learns` is a name: the few
         images of a batch would spoil the statistics of many.
+
+    Raises
+    ------
+    InputError
+        Where there is no such grid.
     """
 
     def __init__(
@@ -62,6 +70,8 @@ class Encoder(nn.Module):
         pretrained: bool = False,
     ) -> None:
         super().__init__()
+        if grid is not None and not 1 <= grid <= LARGEST_GRID:
+            raise InputError(f"The encoder's grid is {grid}: it must be from 1 to {LARGEST_GRID}.")
         self.annotation_dim, self.preprocessing, self.learns, self.grid = annotation_dim, preprocessing, learns, grid
         self.recompute, self.pretrained = recompute, pretrained
 

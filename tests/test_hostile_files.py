@@ -216,6 +216,7 @@ CONTENTS = {
     "an encoder of gigabytes": with_encoder(**{"class": "SmallCNN", "size": 16, "region": 8, "width": 20_000}),
     "an encoder that reads a file": with_encoder(**{"class": "VGG16", "weights": "/etc/passwd"}),
     "images of terabytes": with_encoder(**{"class": "SmallCNN", "size": 8 * 10**8, "region": 8, "width": 2}),
+    "regions of terabytes": with_encoder(**{"class": "ResNet", "depth": 18, "stage": 1, "grid": 10**6}),
     "no tensors": {"tensors": None},
     "tensors that are texts": all_tensors(lambda value: "x"),
     "tensors named by numbers": {"tensors": {1: torch.ones(1)}},
