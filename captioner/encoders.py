@@ -28,7 +28,6 @@ from captioner.checkpoint import load
 from captioner.errors import InputError
 from captioner.images import Preprocessing
 
-
 LARGEST_GRID = 256  # rows and columns that a map may be pooled to
 
 

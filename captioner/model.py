@@ -815,13 +815,13 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
             )
         if name is None and encoder is not None:
             raise InputError("This checkpoint brings its own encoder: leave out the encoder that was given beside it.")
-        neighbours = () if encoder is None else (encoder,)
+        neighbours, vocabulary = () if encoder is None else (encoder,), Vocabulary(contents.words)
 
         def build(own: nn.Module | None = None) -> Captioner:
             settings: dict[str, Any] = {
                 name: _nested(value) for name, value in contents.settings.items() if name not in ("class", "encoder")
             }
-            return cls(rebuild(described, *neighbours) if own is None else own, Vocabulary(contents.words), **settings)
+            return cls(rebuild(described, *neighbours) if own is None else own, vocabulary, **settings)
 
         misfit = InputError(
             f"The checkpoint's tensors do not fit the encoder {name}: give the class that it was trained with."

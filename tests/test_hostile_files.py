@@ -135,11 +135,11 @@ def refused_by_command(args, capsys, code=2):
 # Checkpoints
 
 
-def new_captioner(encoder=None):
+def new_captioner(encoder=None, embedding_dim=8):
     torch.manual_seed(0)
     words = Vocabulary([f"word{number}" for number in range(30)])
     decoder = partial(LSTMDecoder, hidden_dim=8)
-    return Captioner(encoder or SmallCNN(size=16, width=2), words, decoder=decoder, embedding_dim=8).eval()
+    return Captioner(encoder or SmallCNN(size=16, width=2), words, decoder=decoder, embedding_dim=embedding_dim).eval()
 
 
 GOOD = pack(new_captioner().contents({"CIDEr-D": 0.5}))
@@ -185,6 +185,14 @@ def in_itself():
     return value
 
 
+def said_to_be(**sizes):
+    """A model of other sizes, whose tensors fit its settings and have one value each in the file."""
+    with torch.device("meta"):
+        model = new_captioner(**sizes)
+    contents = pack(model.contents())
+    return {**contents, "tensors": {name: torch.zeros(()).expand(x.shape) for name, x in contents["tensors"].items()}}
+
+
 CONTENTS = {
     "words that are one text": {"words": "abc"},
     "words that are numbers": {"words": list(range(30))},
@@ -224,10 +232,7 @@ CONTENTS = {
     "tensors of complex numbers": all_tensors(lambda value: value.to(torch.complex64)),
     "sparse tensors": all_tensors(lambda value: value.to_sparse() if value.dim() else value),
     "a value that is said to be a terabyte": {"tensors": {**TENSORS, "evil": torch.zeros(1).expand(10**12)}},
-    "an embedding that is said to be a terabyte": {
-        "tensors": {**TENSORS, "embedding.weight": torch.zeros(1).expand(34, 10**10)},
-        **with_settings(embedding_dim=10**10),
-    },
+    "a model that is said to be a terabyte": said_to_be(embedding_dim=10**9),
     "scores that are texts": {"scores": {"CIDEr-D": "[red]"}},
     "a version that is a tensor": {"version": torch.ones(3)},
     "a version that is a text": {"version": "1"},
@@ -349,6 +354,12 @@ def test_a_checkpoint_that_holds_what_is_none(change, tmp_path, request):
     path = saved(tmp_path / "evil.ckpt", {KEY: {**GOOD, **change}})
     request.getfixturevalue("bounded")
     refused(Captioner.from_checkpoint, path)
+
+
+@pytest.mark.parametrize("name", ["a value that is said to be a terabyte", "a model that is said to be a terabyte"])
+def test_memory_is_not_asked_for_first(name, tmp_path):
+    path = saved(tmp_path / "evil.ckpt", {KEY: {**GOOD, **CONTENTS[name]}})
+    assert "is no tensor with values" in refused(Captioner.from_checkpoint, path)
 
 
 def test_a_tensor_that_is_said_to_reach_behind_the_end_of_the_file(tmp_path, request):
