@@ -16,10 +16,12 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from rich.console import Console
 
-from captioner.errors import InputError
+from captioner.errors import InputError, without_control
+from captioner.text_files import read_data
 
 FORMAT = 2  # 1 is that of the first release, which wrote no number
 NAME = re.compile("[0-9a-f]{16}")
+MOST_INDEX = 100_000_000  # bytes; what is long in one is the list of missing images
 # The last are what killed runs of the first release left behind.
 FILES = re.compile(r"lock|(values|counts)\.npy|(index|progress)\.json|progress\.tmp|(values|index)\.\d+\.tmp")
 
@@ -148,7 +150,7 @@ class CacheFolder:
         """
         for name in ("index.json", "progress.json"):
             try:
-                text = (self.path / name).read_bytes()
+                text = read_data(self.path / name, MOST_INDEX)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -191,8 +193,8 @@ class CacheFolder:
             Where the file is missing, truncated or otherwise damaged.
         """
         try:
-            values = np.load(self.values_file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            values = np.load(self.values_file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # given damaged bytes, NumPy raises whatever it trips over
             raise self._fault("has damaged values or none") from error
         if not isinstance(values, np.memmap) or values.offset + values.nbytes != self.values_file.stat().st_size:
             raise self._fault("has damaged values or none")
@@ -207,12 +209,12 @@ class CacheFolder:
             Where the file is missing, truncated or otherwise damaged.
         """
         try:
-            counts: NDArray[np.int32] = np.load(self.counts_file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            counts: NDArray[np.int32] = np.load(self.counts_file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:
             raise self._fault("has damaged counts or none") from error
-        done = counts[: index.done]
-        if counts.dtype != np.int32 or counts.shape != (index.images,):
+        if not isinstance(counts, np.memmap) or counts.dtype != np.int32 or counts.shape != (index.images,):
             raise self._fault("has damaged counts or none")
+        done = counts[: index.done]
         if done.size and not 1 <= done.min() <= done.max() <= index.regions:
             raise self._fault("has damaged counts or none")
         return counts
@@ -353,4 +355,4 @@ def in_gigabytes(size: int) -> str:
 
 def say(line: str) -> None:
     """Print a line that is not broken."""
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    Console().print(without_control(line), highlight=False, markup=False, soft_wrap=True)

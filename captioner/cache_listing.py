@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from captioner.cache_folder import FILES, NAME, CacheFault, CacheFolder, in_gigabytes, say
-from captioner.errors import InputError
+from captioner.errors import InputError, in_one_line
 
 
 class Found(NamedTuple):
@@ -77,7 +77,7 @@ def show(caches: Sequence[Found], console: Console) -> None:
     for header in ("images", "regions x size", "view", "GB", "made", "state"):
         table.add_column(header, justify="right" if header in ("images", "regions x size", "GB") else "left")
     for cache in caches:
-        table.add_row(cache.folder.path.name, *map(escape, _cells(cache)))
+        table.add_row(cache.folder.path.name, *(escape(in_one_line(cell)) for cell in _cells(cache)))
     console.print(table)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from captioner.caption_files import FORMATS, CaptionFile, Outcome, Sidecars, counted, format_of, settings_of
-from captioner.errors import InputError, in_one_line
+from captioner.errors import InputError, in_one_line, without_control
 from captioner.images import SUFFIXES
 from captioner.output_files import check_writable
 
@@ -552,7 +552,7 @@ class _Work:
             self.sidecars.write(outcome)
         if self.printed:
             for text, _ in outcome.captions:
-                print(f"{_printable(path)}\t{text}", flush=True)
+                print(f"{_printable(path)}\t{without_control(text)}", flush=True)
         return outcome
 
     def end(self) -> int:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from captioner.errors import InputError, in_one_line
 from captioner.output_files import check_writable, write, write_parts
+from captioner.text_files import as_cell
 
 JOURNAL = 1  # the version of its form
 COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")  # as in COCO_val2014_000000000042.jpg, since 2017 alone
@@ -125,12 +126,16 @@ class CSV(Format):
         return str(image).encode("utf-8", "backslashreplace").decode()
 
     def parts(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
-        """Return the rows, see `Format.parts`."""
+        """Return the rows, see `Format.parts`.
+
+        A path or a caption that a spreadsheet would take for a formula has an apostrophe before it, which the readers
+        of this program take away again.
+        """
         numbers = ["", *(f"_{number}" for number in range(2, self.captions + 1))]
         yield _row(["image", *(f"{column}{number}" for number in numbers for column in ("caption", "log_probability"))])
         for image, captions, _ in outcomes:
-            values = [value for caption in captions for value in caption]
-            yield _row([self.name(image), *values, *[""] * (2 * self.captions - len(values))])
+            values = [value for text, number in captions for value in (as_cell(text), number)]
+            yield _row([as_cell(self.name(image)), *values, *[""] * (2 * self.captions - len(values))])
 
 
 class COCOResults(Format):
@@ -498,22 +503,21 @@ class CaptionFile:
             self._end = len(file.readline())
             batch, place = {}, self._end
             for line in file:
-                try:
-                    record = json.loads(line) if line.endswith(b"\n") else {}
-                    if "finished" in record:
-                        self._finished = record["finished"]
-                        break
-                    if "replaces" in record:
-                        self._replaces = record["replaces"]
-                    else:
-                        batch[record["image"]] = place
-                    place += len(line)
-                    if "replaces" in record or not record["left"]:
-                        self._places |= batch
-                        self._end = place
-                        batch = {}
-                except (ValueError, KeyError, TypeError):  # cut off
+                record = _record(line)
+                if record is None:  # cut off
                     break
+                if "finished" in record:
+                    self._finished = record["finished"]
+                    break
+                if "replaces" in record:
+                    self._replaces = record["replaces"]
+                else:
+                    batch[record["image"]] = place
+                place += len(line)
+                if "replaces" in record or not record["left"]:
+                    self._places |= batch
+                    self._end = place
+                    batch = {}
         return dict(header["settings"])
 
     def _found(self, images: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -554,18 +558,43 @@ def _header(journal: Path) -> dict[str, Any] | None:
         if not line:
             return None
         header: dict[str, Any] = json.loads(line)
-        if header["captioner journal"] != JOURNAL or not {"settings", "overwrites", "replaces"} <= header.keys():
+        if (
+            header["captioner journal"] != JOURNAL
+            or not isinstance(header["settings"], dict)
+            or not isinstance(header["overwrites"], bool)
+            or not isinstance(header["replaces"], str | None)
+        ):
             raise ValueError
         return header
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputError(f"The file {journal} cannot be read ({error.strerror}): see to it.") from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{journal} stands where a run writes down what it has done, and is not of this captioner: move it away, "
             "or write elsewhere."
         ) from None
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return what a line of a journal behind its first says; None where it is cut off, or not of this program."""
+    try:
+        record: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
+        if "finished" in record or "replaces" in record:
+            is_one = isinstance(record.get("finished", record.get("replaces")), str | None)
+        else:
+            captions = [(text, value) for text, value in record["captions"]]
+            is_one = (
+                isinstance(record["image"], str)
+                and isinstance(record["fault"], str)
+                and isinstance(record["left"], int)
+                and "state" in record
+                and all(isinstance(text, str) and isinstance(value, int | float) for text, value in captions)
+            )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if is_one else None
 
 
 def _differences(others: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from captioner.content_splits import SPLITS, ContentSplit, digests_of
 from captioner.errors import InputError
 from captioner.images import find_images
-from captioner.text_files import Fault, Report, read_json, read_json_lines, read_lines, read_rows, stop
+from captioner.text_files import Fault, Report, from_cell, read_json, read_json_lines, read_lines, read_rows, stop
 
 # What splits are called elsewhere; restval are images of COCO's validation part that the papers train on.
 MEANINGS = {"training": "train", "restval": "train", "dev": "val", "valid": "val", "validation": "val", "eval": "val"}
 IMAGE_COLUMNS = ("file_name", "image", "filename", "image_name", "image_path", "path", "file")
 TEXT_COLUMNS = ("captions", "caption", "text", "texts", "comment", "sentences", "sentence", "description")
+OWN_COLUMN = "log_probability"  # of the tables that `captioner caption` writes
 SIDECARS = (".txt", ".caption")
 FLICKR30K_ROW = re.compile(r"([^|]+)\|\s*(\d+)\s*(?:\||\s)(.*)", re.DOTALL)
 
@@ -696,12 +697,14 @@ def read_table(path: Path, image_column: str | None, text_column: str | None, re
     entries: dict[str, Entry] = {}
     header: list[str] = []
     image = text = None
+    is_ours = False
     further: list[str] = []
     for number, row in rows:
         if [*row] != header:  # in JSON each line may have others
             header = [*row]
             image, text = column_of(row, image_column, IMAGE_COLUMNS), column_of(row, text_column, TEXT_COLUMNS)
             further = [column for column in row if text and re.fullmatch(rf"{re.escape(text)}_\d+", column)]
+            is_ours = not is_json and OWN_COLUMN in row
         if image is None or text is None:
             what = f"no image ({image_column or ', '.join(IMAGE_COLUMNS)})"
             if image is not None:
@@ -717,8 +720,10 @@ def read_table(path: Path, image_column: str | None, text_column: str | None, re
                 raise fault
             report(fault)
             continue
-        name, split = row[image], row.get("split") or None
+        if is_ours:  # whose cells are no formulas
+            row = {column: from_cell(cell) for column, cell in row.items()}
         texts = _texts([row[text], *(row[column] for column in further if row[column])])
+        name, split = row[image], row.get("split") or None
         if not isinstance(name, str) or not name or not isinstance(split, str | None) or texts is None:
             report(Fault.at(path, number, f"has a {image!r} or a {text!r} that is no text: mend the line.", "line"))
             continue
@@ -742,7 +747,7 @@ def column_of(row: Iterable[str], named: str | None, known: Sequence[str]) -> st
     return next((columns[name.lower()] for name in ([named] if named else known) if name.lower() in columns), None)
 
 
-def _texts(values: Sequence[object]) -> list[str] | None:
+def _texts(values: Sequence[object], depth: int = 3) -> list[str] | None:
     """Return captions, which stand one by one, in lists, or under "caption" or "raw"; None if one is no text."""
     texts: list[str] = []
     for value in values:
@@ -750,7 +755,7 @@ def _texts(values: Sequence[object]) -> list[str] | None:
             value = value.get("caption", value.get("raw"))
         if isinstance(value, str):
             texts.append(value)
-        elif not isinstance(value, list) or (inside := _texts(value)) is None:
+        elif not isinstance(value, list) or not depth or (inside := _texts(value, depth - 1)) is None:
             return None
         else:
             texts += inside
@@ -775,7 +780,11 @@ def _is_caption(path: Path, where: str, caption: object, report: Report) -> bool
 
 
 def _is_inside(path: Path, line: int | None, name: str, report: Report) -> bool:
-    """Tell whether an image's name leads nowhere but into the dataset's folder; if not, report it."""
+    """Tell whether an image's name can be one, and leads nowhere but into the dataset's folder; if not, report it."""
+    where = f"{path}" if line is None else f"{path}, line {line}"
+    if not isinstance(name, str) or "\0" in name or (len(name) > 200 and _is_too_long(name)):
+        report(Fault(f"{where} names an image as no file is called: mend the name.", "path", path, line))
+        return False
     suspicious = ".." in name or name[:1] in ("/", "\\", "~") or name[1:2] == ":"  # for speed: few are
     if not suspicious:
         return True
@@ -783,7 +792,6 @@ def _is_inside(path: Path, line: int | None, name: str, report: Report) -> bool:
     if ".." in windows.parts or (
         (windows.drive or windows.root) and not PurePosixPath(name).is_relative_to(os.path.abspath(path.parent))
     ):
-        where = f"{path}" if line is None else f"{path}, line {line}"
         report(
             Fault(
                 f"{where} names the image {name}, which is outside the dataset's folder: move it there, and name it "
@@ -795,6 +803,12 @@ def _is_inside(path: Path, line: int | None, name: str, report: Report) -> bool:
         )
         return False
     return True
+
+
+def _is_too_long(name: str) -> bool:
+    """Tell whether a path is longer than Linux takes them; asked for one, it answers with an error of its own."""
+    encoded = name.encode(errors="surrogatepass")
+    return len(encoded) > 3000 or max(map(len, encoded.split(b"/"))) > 255
 
 
 def _find_folder(root: Path, images: str | None, names: Sequence[str]) -> tuple[Path, str]:

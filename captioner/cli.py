@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from captioner.errors import InputError, Interrupted
+from captioner.errors import InputError, Interrupted, in_one_line
 from captioner.output_files import check_writable, write
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return commands[args[0]](args)
     except InputError as error:
-        print(f"captioner: {_sentence(error)}", file=sys.stderr)
+        print(f"captioner: {in_one_line(_sentence(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
@@ -123,6 +123,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _sentence(error: InputError) -> str:
     """Return the message; one that comes out of a loader's process stands at the end of that process's traceback."""
+    if "Traceback (most recent call last)" not in str(error):
+        return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].removeprefix(f"{InputError.__module__}.InputError: ") if lines else ""
 

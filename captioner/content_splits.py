@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class ContentSplit:
 
 def digest_of(path: Path) -> bytes | None:
     """Return the SHA-256 of a file, or None where it cannot be read."""
+    if not os.path.isfile(path):  # a device may have no end
+        return None
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

@@ -6,6 +6,8 @@ VGG-16 and the ResNets of torchvision, a small CNN that learns from scratch, and
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +24,11 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.utils.checkpoint import checkpoint
 
 from captioner.attention import Annotations
+from captioner.checkpoint import load
 from captioner.errors import InputError
 from captioner.images import Preprocessing
+
+LARGEST_GRID = 256  # rows and columns that a map may be pooled to
 
 
 class Encoder(nn.Module):
@@ -46,6 +51,11 @@ class Encoder(nn.Module):
     pretrained : bool
         Its weights were learnt elsewhere. Batch norm then stays frozen, as it does wherever `learns` is a name: the few
         images of a batch would spoil the statistics of many.
+
+    Raises
+    ------
+    InputError
+        Where there is no such grid.
     """
 
     def __init__(
@@ -59,6 +69,8 @@ class Encoder(nn.Module):
         pretrained: bool = False,
     ) -> None:
         super().__init__()
+        if grid is not None and not 1 <= grid <= LARGEST_GRID:
+            raise InputError(f"The encoder's grid is {grid}: it must be from 1 to {LARGEST_GRID}.")
         self.annotation_dim, self.preprocessing, self.learns, self.grid = annotation_dim, preprocessing, learns, grid
         self.recompute, self.pretrained = recompute, pretrained
 
@@ -246,16 +258,15 @@ class TorchvisionEncoder(Encoder):
             return
         name = _published_name(self.architecture, self.weights)
         if name is not None:
-            try:
-                tensors = torchvision.models.get_weight(name).get_state_dict(progress=True, check_hash=True)
-            except OSError as error:
-                raise InputError(
-                    f"The weights {name} could not be downloaded ({error}): download them elsewhere and give the "
-                    "file's path as the encoder's weights."
-                ) from error
+            tensors = _published(name)
         else:
             try:
-                tensors = torch.load(self.weights, map_location="cpu", weights_only=True)
+                # The oldest weights of torchvision are in the form that was before the zip archives.
+                tensors = (
+                    load(self.weights)
+                    if zipfile.is_zipfile(self.weights)
+                    else torch.load(self.weights, map_location="cpu", weights_only=True)
+                )
             except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
                 raise InputError(
                     f"The encoder's weights {self.weights} are no file that torch can read ({type(error).__name__}): "
@@ -382,6 +393,32 @@ class ResNet(TorchvisionEncoder):
             recompute=recompute,
         )
         self.depth, self.stage = depth, stage
+
+
+def _published(name: str) -> Any:
+    """Return torchvision's weights, downloaded once; the hash of the file is in its name.
+
+    Raises
+    ------
+    InputError
+        Where the download fails, or the file is another than was published.
+    """
+    weights = torchvision.models.get_weight(name)
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if file.is_file():  # torch looks at the hash of what it downloads, and never again
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if not digest.startswith(file.stem.rpartition("-")[2]):
+            raise InputError(
+                f"{file} is not what was published as {name}, by its hash: delete it, and it is downloaded again."
+            )
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"The weights {name} could not be downloaded ({error}): download them elsewhere and give the file's path "
+            "as the encoder's weights."
+        ) from error
 
 
 def _published_name(architecture: str, weights: str) -> str | None:

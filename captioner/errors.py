@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake raises, and the one that a signal does."""
+"""A user's mistake, a signal, and how text that somebody else wrote is printed."""
+
+import unicodedata
 
 
 class InputError(Exception):
@@ -30,3 +32,14 @@ class Interrupted(BaseException):
 def in_one_line(text: object) -> str:
     r"""Return text, such as a file's name, in one line: line breaks and all that cannot be printed as escapes (\n)."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+
+
+def without_control(text: str) -> str:
+    r"""Return a text, such as a caption, with characters that command a terminal as escapes (\x1b).
+
+    All that is written stays, joiners, wide spaces and the like among it.
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter
+        for letter in text
+    )

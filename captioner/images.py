@@ -44,6 +44,7 @@ SUFFIXES = {
 FORMATS = ", ".join(SUFFIXES)
 MEMORY = 330_000_000  # bytes for decoding one image: 82 million pixels of most kinds; with the rest 400 MB at most
 LONGEST = 65_535  # pixels of a side, a JPEG's longest; of a longer one, a square's first resampling fills the memory
+LARGEST_SQUARE = 8192  # pixels of a side that a model sees: 800 MB as floating-point numbers
 WHOLE = 2**21  # pixels: an image that has no more is converted at once
 STRIP = 2**18  # pixels of a larger one that are converted at a time
 ORIENTATION = 0x0112  # the EXIF tag
@@ -521,8 +522,8 @@ class Preprocessing:
         object.__setattr__(self, "std", tuple(self.std))
         if self.fit not in ("crop", "squash"):
             raise InputError(f"The preprocessing's fit is {self.fit!r}: choose 'crop' or 'squash'.")
-        if self.size < 1:
-            raise InputError(f"The preprocessing's size is {self.size}: it must be at least 1 pixel.")
+        if not 1 <= self.size <= LARGEST_SQUARE:
+            raise InputError(f"The preprocessing's size is {self.size}: it must be from 1 to {LARGEST_SQUARE} pixels.")
         if self.resize is not None and (self.fit == "squash" or self.resize < self.size):
             raise InputError(
                 f"The preprocessing's resize is {self.resize}: it needs fit 'crop' and at least its size, {self.size}."

@@ -97,8 +97,17 @@ def _nested(value: object) -> object:
     return rebuild(value) if _part(value["class"]) is Preprocessing else partial(rebuild, value)
 
 
+def _numbers(settings: object, wanted: str) -> Iterator[int]:
+    """Give the whole numbers that stand under a name anywhere in settings."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if name == wanted and isinstance(value, int):
+                yield value
+            yield from _numbers(value, wanted)
+
+
 def _part(name: str) -> type:
-    if name not in PARTS:
+    if not isinstance(name, str) or name not in PARTS:
         raise InputError(
             f"The checkpoint names a part {name!r} that this captioner does not know: install the release that wrote "
             "it."
@@ -832,10 +841,8 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
     @classmethod
     def from_contents(cls, contents: Contents, *, encoder: nn.Module | None = None) -> Captioner:
         """Rebuild a model from what a checkpoint holds; see :meth:`from_checkpoint`."""
-        settings: dict[str, Any] = {
-            name: _nested(value) for name, value in contents.settings.items() if name not in ("class", "encoder")
-        }
-        described = dict(contents.settings["encoder"])
+        described = contents.settings.get("encoder")
+        described = dict(described) if isinstance(described, dict) else {}
         name = described.pop("module", None)
         if name is not None and encoder is None:
             raise InputError(
@@ -844,19 +851,41 @@ class Captioner(ImageCaptioner[Annotations], nn.Module):
             )
         if name is None and encoder is not None:
             raise InputError("This checkpoint brings its own encoder: leave out the encoder that was given beside it.")
-        model = cls(
-            rebuild(described, *([] if encoder is None else [encoder])),
-            restore(contents.words, contents.vocabulary, "the checkpoint"),
-            **settings,
+        neighbours = () if encoder is None else (encoder,)
+        vocabulary = restore(contents.words, contents.vocabulary, "the checkpoint")
+
+        def build(own: nn.Module | None = None) -> Captioner:
+            settings: dict[str, Any] = {
+                name: _nested(value) for name, value in contents.settings.items() if name not in ("class", "encoder")
+            }
+            return cls(rebuild(described, *neighbours) if own is None else own, vocabulary, **settings)
+
+        misfit = InputError(
+            f"The checkpoint's tensors do not fit the encoder {name}: give the class that it was trained with."
+            if name
+            else "The checkpoint's tensors do not fit its own settings: the file is damaged, so take another copy."
         )
+        if max(_numbers(contents.settings, "layers"), default=0) > len(contents.tensors):  # each layer has some
+            raise misfit
+        try:
+            # First without memory: a file whose settings speak of terabytes is refused before they are asked for.
+            own = rebuild(described, *neighbours) if neighbours else None
+            with torch.device("meta"):
+                planned = {name: tensor.shape for name, tensor in build(own).state_dict().items()}
+            if planned != {name: tensor.shape for name, tensor in contents.tensors.items()}:
+                raise misfit
+            model = build(own)
+        except InputError:
+            raise
+        except Exception as error:  # settings of any type may stand in the file
+            raise InputError(
+                f"The checkpoint's settings are no model's ({type(error).__name__}): the file is damaged, so take "
+                "another copy."
+            ) from error
         try:
             model.load_state_dict(contents.tensors)
         except RuntimeError as error:
-            raise InputError(
-                f"The checkpoint's tensors do not fit the encoder {name}: give the class that it was trained with."
-                if name
-                else "The checkpoint's tensors do not fit its own settings: the file is damaged, so take another copy."
-            ) from error
+            raise misfit from error
         return model.eval()
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ from captioner.attention_health import Health
 from captioner.checkpoint_files import replacing
 from captioner.datamodule import CaptionData
 from captioner.encoders import ForeignEncoder
+from captioner.errors import in_one_line
 from captioner.metrics import diversity, interval, resample
 from captioner.metrics.bootstrap import RESAMPLES
 from captioner.model import Captioner, describe
@@ -97,7 +99,7 @@ def _model(captioner: Captioner) -> Iterator[tuple[str, str]]:
 
 def _data(data: CaptionData) -> str:
     root = getattr(data.files, "root", None)  # the user's own kind of files need not have one
-    place = "" if root is None else f", folder `{Path(root).resolve().name}`"
+    place = "" if root is None else f", folder `{in_one_line(Path(root).resolve().name).replace('`', chr(39))}`"
     rows = [
         (data.splits[name], purpose, f"{len(data.records[name]):,}", f"{_captions(data, name):,}")
         for name, purpose in (("train", "training"), ("val", "validation"))
@@ -229,4 +231,9 @@ def _in_words(settings: Mapping[str, Any]) -> str:
 
 def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text, such as a folder's name, as a cell of a table, in which no markup of its own is heeded."""
+    return html.escape(in_one_line(text), quote=False).replace("|", "\\|")

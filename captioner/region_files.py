@@ -5,8 +5,11 @@ Shapes: B images, N regions, which differ from image to image, D annotation size
 
 from __future__ import annotations
 
+import errno
+import math
 import zipfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from captioner.caption_formats import CaptionedImage
 from captioner.errors import InputError
 
 SUFFIXES = (".npy", ".npz")
+MOST = 2**26  # bytes of an image's regions: 8,192 of 2,048 values; a file of a thousandth of it may unpack to more
+ZIP = b"PK\x03\x04"  # how a .npz begins
 NAMES = ("features", "x", "feat", "regions")  # of the array in a .npz that holds several, in this order
 
 
@@ -73,14 +78,10 @@ def read_regions(path: Path, dim: int) -> NDArray[np.float32]:
     InputError
         If the file is missing or damaged, or holds anything but N >= 1 vectors of D finite floating-point numbers.
     """
-    try:
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            array = loaded if isinstance(loaded, np.ndarray) else loaded[_chosen(path, loaded.files)]
-    except InputError:
-        raise
-    except Exception as error:  # given damaged bytes, NumPy and zlib raise whatever they trip over
-        raise _unreadable(path, error) from None
+    with _opened(path) as (file, shape, dtype):
+        _check_form(shape, dtype, dim, str(path))
+        file.seek(0)
+        array = np.lib.format.read_array(file, allow_pickle=False)
     return check_regions(array, dim, str(path))
 
 
@@ -92,17 +93,21 @@ def check_regions(array: NDArray[Any], dim: int, name: str) -> NDArray[np.float3
     InputError
         If not; the sentence begins with the name.
     """
-    if array.ndim != 2 or array.shape[1] != dim or not len(array):
-        shape = " x ".join(map(str, array.shape)) or "a single value"
-        raise InputError(f"{name} holds {shape} and not N x {dim} values: give a row of {dim} values for each region.")
-    if array.dtype.kind != "f":
-        raise InputError(f"{name} holds values of the type {array.dtype}: give floating-point numbers.")
+    _check_form(array.shape, array.dtype, dim, name)
     with np.errstate(over="ignore"):
         regions = array.astype(np.float32)
     if not np.isfinite(regions).all():
         region = int(np.argmin(np.isfinite(regions).all(1)))
         raise InputError(f"{name} holds values that are not finite, in region {region} first: compute it again.")
     return regions
+
+
+def _check_form(shape: tuple[int, ...], dtype: np.dtype[Any], dim: int, name: str) -> None:
+    if len(shape) != 2 or shape[1] != dim or not shape[0]:
+        form = " x ".join(map(str, shape)) or "a single value"
+        raise InputError(f"{name} holds {form} and not N x {dim} values: give a row of {dim} values for each region.")
+    if dtype.kind != "f":
+        raise InputError(f"{name} holds values of the type {dtype}: give floating-point numbers.")
 
 
 def count_regions(path: Path) -> int:
@@ -113,31 +118,57 @@ def count_regions(path: Path) -> int:
     InputError
         If the file is missing or damaged.
     """
+    with _opened(path) as (_, shape, _):
+        return shape[0] if shape else 0
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, tuple[int, ...], np.dtype[Any]]]:
+    """Open a file's array, of which only the header is read: the file at its beginning, its shape and its type.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, or of an array that nobody needs so large.
+    """
     try:
-        if path.suffix == ".npy":
-            with open(path, "rb") as file:
-                return _length(file)
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            with archive.open(f"{_chosen(path, names)}.npy") as file:
-                return _length(file)
+        with ExitStack() as stack:
+            if not path.is_file():  # nothing comes back from opening a pipe
+                raise OSError(errno.ENOENT, "there is no such file")
+            file: Any = stack.enter_context(open(path, "rb"))
+            if file.read(len(ZIP)) == ZIP:
+                archive = stack.enter_context(zipfile.ZipFile(file))
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                file = stack.enter_context(archive.open(f"{_chosen(path, names)}.npy"))
+            else:
+                file.seek(0)
+            shape, dtype = _header(file)
+            if dtype.hasobject:
+                raise ValueError("it holds pickled objects, which could run code")
+            if any(side < 0 for side in shape):
+                raise ValueError("it has a negative size")
+            if math.prod(shape) * dtype.itemsize > MOST:
+                size = " x ".join(map(str, shape))
+                raise InputError(f"{path} holds {size} values, more than {MOST // 10**6} MB: give fewer regions.")
+            yield file, shape, dtype
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # given damaged bytes, NumPy and zlib raise whatever they trip over
         raise _unreadable(path, error) from None
 
 
-def _length(file: Any) -> int:
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, _ = read(file)
-    return int(shape[0])
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def _chosen(path: Path, names: Sequence[str]) -> str:
     chosen = names[0] if len(names) == 1 else next((name for name in NAMES if name in names), None)
     if chosen is None:
-        there_are = f"{len(names)} arrays ({', '.join(names)})" if names else "no array"
+        more = ", ..." if len(names) > 5 else ""
+        there_are = f"{len(names)} arrays ({', '.join(names[:5])}{more})" if names else "no array"
         raise InputError(f"{path} holds {there_are}: save one, or call the regions {NAMES[0]!r}.")
     return chosen
 

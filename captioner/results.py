@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from captioner.errors import InputError
 from captioner.output_files import write
-from captioner.text_files import read_text
+from captioner.text_files import from_cell, read_text
 
 IMAGE_KEYS = ("image_id", "image", "file_name")  # in this order, where a record has several
 
@@ -107,13 +107,14 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 f"{path} is neither JSON nor CSV with the columns image_id and caption: "
                 "name them in its first line, each once, or give a COCO results file."
             )
+        is_ours = "log_probability" in header  # as `captioner caption` writes tables, whose cells are no formulas
         for row in rows:
             if not any(value.strip() for value in row):
                 continue
             where = f"{path}, line {rows.line_num}"
             if len(row) > len(header):
                 raise InputError(f"{where} has more values than columns: put a caption with commas in double quotes.")
-            yield where, dict(zip(header, row, strict=False))
+            yield where, dict(zip(header, map(from_cell, row) if is_ours else row, strict=False))
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num} is not valid CSV ({error}): mend the line.") from None
 

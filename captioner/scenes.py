@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from captioner.errors import InputError
 from captioner.grammar import COUNTS, GRAMMARS, LONGEST, SHAPES, Count, Grammar, Mention, Name, Sentence
+from captioner.text_files import read_data
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -581,11 +582,11 @@ def read_scenes(directory: Path, split: str) -> dict[int, Scene]:
     """
     path = directory / f"scenes_{split}.json"
     if not path.is_file():
-        raise InputError(f"there is no {path}: write the scenes of split '{split}' first")
+        raise InputError(f"There is no {path}: write the scenes of split '{split}' first.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_data(path))
         return {int(image_id): Scene.from_json(scene) for image_id, scene in values.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{path} does not hold the boxes of drawn scenes, as its name says: write them again, or give a file of "
             "your own another name."

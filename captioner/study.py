@@ -82,6 +82,8 @@ class Study:
             given = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise InputError(f"The study {path} is no YAML: {' '.join(str(error).split())}.") from None
+        except (RecursionError, ValueError):  # lists in lists in lists, a number of thousands of digits
+            raise InputError(f"The study {path} is no YAML that can be read: write it again.") from None
         given = _mapping(given, f"The study {path}", {"recipe", "reference", "rows"}, {"budget"})
         recipe = _file(given["recipe"], f"The recipe of {path}", path.parent)
         budget = _settings(given.get("budget"), f"The budget of {path}")

@@ -22,6 +22,7 @@ from captioner.metrics import CIDErD, Comparison, Score, bleu, interval, resampl
 from captioner.model import Captioner, rebuild
 from captioner.output_files import write
 from captioner.study import Row
+from captioner.text_files import read_data
 from captioner.tokens import Tokenizer, choose_tokenizer, tokenize
 from captioner.vocabulary import BEGIN, Vocabulary
 
@@ -99,14 +100,14 @@ class Result:
             If the file is something else.
         """
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = json.loads(read_data(path))
             for name in ("captions", "uniform_captions"):
                 given[name] = (
                     None if given[name] is None else {each["image_id"]: each["caption"] for each in given[name]}
                 )
             given["grid"] = None if given["grid"] is None else tuple(given["grid"])
             return cls(**given)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} is no result of this release ({type(error).__name__}: {error}): delete it, and the run is "
                 "made again."

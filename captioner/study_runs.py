@@ -29,6 +29,7 @@ from captioner.study import OWN, Row, Study
 from captioner.study_results import Captions, ImageId, Result, milliseconds, score
 from captioner.study_table import Report, show, write_report
 from captioner.task import in_words
+from captioner.text_files import read_data
 from captioner.training import TrainingCLI, settings, train
 from captioner.vocabulary import BEGIN, pad
 
@@ -227,8 +228,8 @@ def read_references(output: Path) -> References:
     """Read what :func:`keep_references` has written."""
     path = output / "references.json"
     try:
-        return {each["image_id"]: each["captions"] for each in json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {each["image_id"]: each["captions"] for each in json.loads(read_data(path))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}): give another --output.") from error
 
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import io
 import json
+import os
+import re
+import stat
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from captioner.errors import InputError
+
+LARGEST = 4_000_000_000  # bytes of a text file, all of which are in memory at once; COCO's largest has a fortieth
+# What a spreadsheet takes for a formula, by OWASP's list, with the apostrophes that were put before it.
+FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+QUOTED_FORMULA = re.compile(r"'+[=+\-@\t\r\n]")
 
 
 class Fault(InputError):
@@ -48,6 +57,30 @@ def stop(fault: Fault) -> None:
     raise fault
 
 
+def read_data(path: Path, largest: int = LARGEST) -> bytes:
+    """Return what is in a file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, is a device, which may have no end, or larger than `largest`.
+    """
+    with open(path, "rb", opener=_open_no_device) as file:
+        if os.fstat(file.fileno()).st_size <= largest and len(data := file.read(largest + 1)) <= largest:
+            return data
+    raise OSError(errno.EFBIG, f"it has more than {largest // 10**6:,} MB")
+
+
+def _open_no_device(path: str, flags: int) -> int:
+    mode = os.stat(path).st_mode  # before it is opened, which some devices and pipes do not come back from
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise OSError(errno.ENODEV, "it is a device")
+    # What a shell makes of <(command) is a pipe, too; it lies there.
+    if stat.S_ISFIFO(mode) and not os.path.realpath(os.path.dirname(path)).startswith(("/dev", "/proc")):
+        raise OSError(errno.ENODEV, "it is a pipe")
+    return os.open(path, flags)
+
+
 def read_text(path: Path, report: Report = stop) -> str:
     """Return a file's text, which is UTF-8, line ends as they are.
 
@@ -65,7 +98,7 @@ def read_text(path: Path, report: Report = stop) -> str:
     """
     try:
         # Bytes first: text mode would turn a carriage return inside a caption into a line break.
-        data = path.read_bytes()
+        data = read_data(path)
     except FileNotFoundError:
         raise Fault(f"{path} does not exist: check the path.", "missing file", path) from None
     except OSError as error:
@@ -167,3 +200,13 @@ def read_rows(path: Path, report: Report = stop, delimiter: str | None = None) -
             report(Fault.at(path, begun, f"has {len(row)} values for {len(header)} columns: {advice}.", "CSV"))
         else:
             yield begun, dict(zip_longest(header, row, fillvalue=""))  # values may be left out at a row's end
+
+
+def as_cell(text: str) -> str:
+    """Return a text as a cell of a CSV file that no spreadsheet takes for a formula: with an apostrophe before it."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the text that `as_cell` has made a cell of."""
+    return cell[1:] if QUOTED_FORMULA.match(cell) else cell

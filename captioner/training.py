@@ -7,8 +7,10 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
@@ -336,7 +339,7 @@ class TrainingCLI(LightningCLI):
         if self.finished is not None:
             return
         try:
-            with explaining(self.trainer.default_root_dir):
+            with _faults_of_restoring(), explaining(self.trainer.default_root_dir):
                 super()._run_subcommand(subcommand)
         except SystemExit as end:
             # What Lightning makes of Ctrl-C, which reaches all processes.
@@ -359,8 +362,9 @@ class TrainingCLI(LightningCLI):
             process.kill()  # it could wait for this one for ever
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Leave the table of scores to :func:`print_scores`."""
+        """Leave the table of scores to :func:`print_scores`, and code in a checkpoint alone."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True  # whatever torch takes as its default, which a variable of the shell can change
         return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}
 
     def _parse_ckpt_path(self) -> None:
@@ -368,6 +372,26 @@ class TrainingCLI(LightningCLI):
 
         Lightning would feed the file's hyper-parameters to the parser, which runs the constructors that they name.
         """
+
+
+@contextmanager
+def _faults_of_restoring() -> Iterator[None]:
+    """Raise as an `InputError` whatever Lightning trips over in a checkpoint that holds other things than it wrote."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if any(
+            code.co_filename == checkpoint_connector.__file__ and code.co_name.startswith(("restore", "resume"))
+            for code in frames
+        ):
+            raise InputError(
+                f"The file of --ckpt_path is damaged, or was not written by captioner ({type(error).__name__} in what "
+                "stands beside the model): take another copy of it."
+            ) from error
+        raise
 
 
 class ScoreLines(Callback):
@@ -678,6 +702,8 @@ def check_files(args: Sequence[str]) -> None:
                 raise InputError(f"The configuration {path} is not a text file: give a YAML file.") from None
             except yaml.YAMLError as error:
                 raise InputError(f"The configuration {path} is no YAML: {' '.join(str(error).split())}.") from None
+            except (RecursionError, ValueError):  # lists in lists in lists, a number of thousands of digits
+                raise InputError(f"The configuration {path} is no YAML that can be read: write it again.") from None
             if not isinstance(settings, dict):
                 raise InputError(f"The configuration {path} holds no settings: write some, as in configs/scenes.yaml.")
 

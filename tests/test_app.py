@@ -32,6 +32,7 @@ from captioner.overlay import make_figure, save_figure  # noqa: E402
 from captioner.overlay_page import PageImage, write_page  # noqa: E402
 from captioner.vocabulary import Characters  # noqa: E402
 
+pytestmark = pytest.mark.sockets
 IMAGES = some_images(4)
 torch.manual_seed(0)  # of whose scores none are nearly equal
 MODEL = captioner(encoder=small_cnn())

@@ -19,6 +19,7 @@ from captioner.checkpoint import read
 from captioner.task import CaptioningTask
 from captioner.training import train
 
+pytestmark = pytest.mark.sockets
 # Runs the command line, and has each process note what it ends with.
 SCRIPT = """\
 import signal
@@ -85,7 +86,7 @@ def start(to, command, recipe, folder, *flags):
     """Start a command in two processes, which note what they end with in the folder `to`, unless it is "main"."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(captioner.__file__).parents[1]), str(Path(__file__).parent), os.environ["PYTHONPATH"]]
     devices = ["--trainer.devices", "2", "--trainer.default_root_dir", str(folder / "runs")]
     return subprocess.Popen(
         [sys.executable, str(script), str(to), command, "--config", str(recipe), *devices, *flags],

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import GUARD
 from PIL import Image
 
 import captioner
@@ -17,21 +18,7 @@ nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "attention_overlay.ipynb"
-# Loaded by the kernel as it starts: whoever asks for another machine gets an error.
-ISOLATED = """\
-import socket
-
-connect = socket.socket.connect
-
-
-def connect_here(self, address):
-    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-        raise OSError(f"The notebook wants the network: {address}")
-    return connect(self, address)
-
-
-socket.socket.connect = connect_here
-"""
+pytestmark = pytest.mark.sockets  # through which a kernel is spoken to
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +51,7 @@ def run(notebook, folder, monkeypatch, **environment):
     """Execute it in a folder, from a clean kernel that reaches no other machine; return what the cells gave."""
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    (folder / "kernel").mkdir()
-    (folder / "kernel" / "sitecustomize.py").write_text(ISOLATED)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "kernel"), str(ROOT)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(GUARD), str(ROOT)]))
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     for name in ("CAPTIONER_CHECKPOINT", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)
