@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -474,6 +474,12 @@ class CaptionData(LightningDataModule):
         """Units of the longest training caption that is not cut, once the vocabulary is known."""
         assert self.vocabulary is not None
         return self.vocabulary.longest if self.max_words is None else self.max_words
+
+    def frequencies(self) -> Tensor:
+        """Return how often the training captions hold each id, and once more: (V,)."""
+        assert self.vocabulary is not None
+        counts = Counter(chain.from_iterable(ids[1:] for image in self._encode(self.vocabulary) for ids in image))
+        return torch.tensor([1.0 + counts[index] for index in range(len(self.vocabulary))])
 
     def references(self, name: str) -> dict[str | int, tuple[str, ...]]:
         """Return the raw captions of "train", "val" or "test" by image."""

@@ -275,6 +275,11 @@ class CaptioningTask(LightningModule):
                     "as model.initial_weights."
                 )
             self.captioner.encoder.load_weights()
+            if self.captioner.vocabulary.units != "words":
+                # Few of the 256 bytes stand in any caption, and a model learns little else before it knows that.
+                frequencies = self.data.frequencies()
+                with torch.no_grad():
+                    self.captioner.output.bias.copy_((frequencies / frequencies.sum()).log())
             return
         contents = read(self.initial_weights)
         vocabulary = restore(contents.words, contents.vocabulary, self.initial_weights)
