@@ -189,3 +189,32 @@ def test_a_second_signal_ends_it_at_once(command, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_steps_ends_as_one_that_is_not(command, undisturbed, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, random, signal, sys\n"
+        "from captioner.cli import main\n"
+        "from captioner.task import CaptioningTask\n"
+        "plain, left = CaptioningTask.training_step, random.randrange(4)\n"
+        "def step(*args):\n"
+        "    global left\n"
+        "    if left == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left -= 1\n"
+        "    return plain(*args)\n"
+        "CaptioningTask.training_step = step\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = ["--checkpoint.every_n_train_steps", "1", "--data.num_workers", "2"]
+    codes = []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        codes.append(subprocess.run([sys.executable, script, *command, *flags], timeout=100).returncode)
+        assert len(codes) < 30
+    assert codes[-1] == 0 and len(codes) > 1
+    found, wanted = saved(tmp_path)[0], saved(undisturbed)[0]
+    assert found["global_step"] == 9
+    assert all(torch.equal(value, found["state_dict"][name]) for name, value in wanted["state_dict"].items())
+    assert not list(tmp_path.rglob("*.unfinished"))
