@@ -29,7 +29,7 @@ from captioner.model import Caption, Captioner
 from captioner.overlay import draw_overlay
 from captioner.precision import faster_precision
 from captioner.scenes import UNSEEN_PAIRS, Scene, judge, pointing, read_scenes, write_scenes
-from captioner.tokens import choose_tokenizer
+from captioner.tokens import TOKENIZERS, choose_tokenizer
 from captioner.training import check_files, train
 
 SIZES = {"train": 8000, "val": 200, "seen": 500, "unseen": 500}
@@ -173,12 +173,13 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = (), l
                 draw_overlay(read_image(record.path), caption, model.preprocessing).save(picture)
             console.print(f"  {record.path.name}  {caption.text}", highlight=False, soft_wrap=True)
     results |= {"seed": seed, "beam_size": BEAM_SIZE, "precision": precision, "configs": list(map(str, configs))}
-    results["language"] = language
+    tokenizer = choose_tokenizer(chain.from_iterable(record.captions for record in records))
+    results |= {"language": language, "tokenizer": TOKENIZERS[tokenizer]}
     results["seconds"] = round(time.monotonic() - started, 1)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _print(console, results)
     console.print(
-        f"Scores       {output / 'results.json'}\nOverlays     {overlays}\nScenes       {scenes}\n"
+        f"Tokens       {TOKENIZERS[tokenizer]}\nScores       {output / 'results.json'}\nOverlays     {overlays}\nScenes       {scenes}\n"
         f"Checkpoint   {checkpoint}\n\nCaption an image of your own making:\n"
         f"  captioner caption {scenes / 'seen'} --checkpoint {checkpoint} --overlay my-overlays",
         highlight=False,
