@@ -24,7 +24,7 @@ from captioner.order import Draw, Order, mix
 from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
 from captioner.tokens import Tokenizer, TokenizerChoice, choose_tokenizer, mirror, mirror_text, tokenize
-from captioner.vocabulary import BYTES, BytePairs, Characters, Units, Vocabulary, pad
+from captioner.vocabulary import BYTES, BytePairs, Characters, Units, Vocabulary, WordBeginnings, pad
 
 UNTOLD = "the task tells the preprocessing before it asks for images"
 
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     tokens : Tensor or None
         (B, Q, T + 1) ids of their captions from ``<bos>`` on, padded; None where captions are to be found.
     words : Tensor or None
-        (B, Q, T' + 1) those of the captions' words (`CaptionData.words`), where `tokens` are characters or byte pairs.
+        (B, Q, T' + 1) what is taught of the images (`CaptionData.words`), where it is not the `tokens`.
     damaged : dict
         The images that were found damaged and left out: why, by their place among all.
     """
@@ -68,7 +68,7 @@ class CaptionedImages(Dataset[Batch]):
     captions : list of list of list of int, optional
         The ids of each image's captions, in training.
     words : list of list of list of int, optional
-        The ids of their words, where those are of characters or byte pairs.
+        The ids of what is taught of each image, where it is not the captions themselves.
     captions_per_image : int
         Q at most: from an image with more captions, as many are drawn at random each time.
     cache : AnnotationCache, optional
@@ -422,7 +422,7 @@ class CaptionData(LightningDataModule):
         self.region_dim: int | None = None  # told by the task, as the preprocessing is
         self.units, self.byte_pairs, self.tokenizer = units, byte_pairs, tokenizer
         self.vocabulary: Vocabulary | None = None
-        self.words: Vocabulary | None = None  # of the captions' words, whatever the model says
+        self.words: Vocabulary | None = None  # what is taught of an image, whatever the model says
         self.teaches_words = False  # told by the task: batches of characters or byte pairs then have the words, too
         self.records: dict[str, list[CaptionedImage]] = {}
         self.caches: dict[str, AnnotationCache] = {}
@@ -455,10 +455,10 @@ class CaptionData(LightningDataModule):
                     "in another language, by their script or by data.tokenizer: set it to false."
                 )
             # Of the captions as they are, mirrored or not: a run with mirrored images can go on from one without.
-            self.words = Vocabulary.from_captions(
-                (tokenize(caption, tokenizer) for caption in captions), self.minimum_count, tokenizer
-            )
-            self.vocabulary = self.words
+            words = [tokenize(caption, tokenizer) for caption in captions]
+            self.vocabulary = self.words = Vocabulary.from_captions(words, self.minimum_count, tokenizer)
+            if tokenizer == "unicode":
+                self.words = WordBeginnings(words, self.minimum_count)
             if self.units == "characters":
                 self.vocabulary = Characters.train(captions, self.minimum_count)
             elif self.units == "byte_pairs":

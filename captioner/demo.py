@@ -179,8 +179,9 @@ def run(output: Path, seed: int, started: float, configs: Sequence[Path] = (), l
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _print(console, results)
     console.print(
-        f"Tokens       {TOKENIZERS[tokenizer]}\nScores       {output / 'results.json'}\nOverlays     {overlays}\nScenes       {scenes}\n"
-        f"Checkpoint   {checkpoint}\n\nCaption an image of your own making:\n"
+        f"Tokens       {TOKENIZERS[tokenizer]}\nScores       {output / 'results.json'}\n"
+        f"Overlays     {overlays}\nScenes       {scenes}\nCheckpoint   {checkpoint}\n\n"
+        "Caption an image of your own making:\n"
         f"  captioner caption {scenes / 'seen'} --checkpoint {checkpoint} --overlay my-overlays",
         highlight=False,
         soft_wrap=True,

@@ -20,6 +20,7 @@ from captioner.vocabulary import (
     BytePairs,
     Characters,
     Vocabulary,
+    WordBeginnings,
     pad,
     restore,
 )
@@ -262,6 +263,19 @@ def test_a_vocabulary_is_restored_from_plain_json(vocabulary):
     assert again == vocabulary and type(again) is type(vocabulary)
     assert [again.cut(text) for text in TEXTS] == [vocabulary.cut(text) for text in TEXTS]
     assert pickle.loads(pickle.dumps(again)) == again
+
+
+def test_words_are_taught_with_what_they_begin_with():
+    captions = [
+        text.split() for text in ("빨간 별이 있다", "빨간 별은 큰 별과", "정사각형이 정사각형의", "별자리 있고")
+    ]
+    taught = WordBeginnings(captions)
+    # 별 begins four words and 있 two; 정사각 begins none but those of 정사각형.
+    words = {word for caption in captions for word in caption}
+    assert set(taught.words) == words | {"별", "있", "정사각형"}
+    assert taught.cut("빨간 별이 정사각형이") == ["빨간", "별", "별이", "정사각형", "정사각형이"]
+    assert set(WordBeginnings(captions, 2).words) == {"빨간", "별", "있", "정사각형"}
+    assert len(taught.encode(taught.cut("별이 " * 100), taught.longest)) == 202
 
 
 BYTE_WORDS = list(PARTS["byte pairs"].words)
