@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ except ImportError:  # Windows, which deletes no open file: that serves as the l
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.unfinished")
+PATIENCE = 15  # seconds; a killed training's processes that read images see it after 5 and end
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM}  # of reading, too
 
@@ -89,6 +91,38 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"Files in {folder} cannot be written: see that they can be made in {there}, or write elsewhere."
         )
+
+
+def claim(folder: Path) -> int | None:
+    """Keep a folder for this process, until it ends or closes the descriptor that is returned.
+
+    There is none where the file system knows no locks.
+
+    Raises
+    ------
+    InputError
+        If another process has the folder, and has it still after `PATIENCE`.
+    """
+    if fcntl is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, started = os.open(folder, os.O_RDONLY), time.monotonic()
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            taken = error.errno in (errno.EAGAIN, errno.EWOULDBLOCK)
+            if taken and time.monotonic() - started < PATIENCE:
+                time.sleep(0.2)
+                continue
+            os.close(descriptor)
+            if not taken:
+                return None
+            raise InputError(
+                f"Another training writes its checkpoints in {folder}: wait for its end, or write elsewhere by "
+                "--checkpoint.dirpath."
+            ) from None
 
 
 @contextmanager

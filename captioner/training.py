@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -32,7 +33,14 @@ from torch import Tensor
 
 from captioner import attention_health, checkpoint
 from captioner.cache_folder import in_gigabytes, say
-from captioner.checkpoint_files import check_folder, clear_unfinished, explaining, replacing, use_checkpoint_files
+from captioner.checkpoint_files import (
+    check_folder,
+    claim,
+    clear_unfinished,
+    explaining,
+    replacing,
+    use_checkpoint_files,
+)
 from captioner.datamodule import CaptionData
 from captioner.errors import InputError, Interrupted
 from captioner.interruption import Interruption
@@ -119,6 +127,7 @@ class BestAndLast(ModelCheckpoint):
 
     _seconds_before = 0.0  # of training, in the runs that this one goes on from
     _started: float | None = None
+    _claim: int | None = None  # what keeps the folder for this process
 
     def __init__(
         self,
@@ -147,12 +156,28 @@ class BestAndLast(ModelCheckpoint):
         self._saved_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See that checkpoints can be written, and clear away what a killed run has left beside them."""
+        """See that checkpoints can be written, by this run alone, and clear away what a killed one has left there."""
         super().setup(trainer, pl_module, stage)
         writes = stage == TrainerFn.FITTING and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         if writes and "://" not in str(self.dirpath):
             check_folder(Path(str(self.dirpath)))
+            self._claim = claim(Path(str(self.dirpath)))
             clear_unfinished(Path(str(self.dirpath)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the folder to others."""
+        super().teardown(trainer, pl_module, stage)
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the folder to others."""
+        super().on_exception(trainer, pl_module, exception)
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure the time."""

@@ -18,9 +18,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_training import one_line
 
 import captioner
+import captioner.checkpoint_files as checkpoint_files
 from captioner.checkpoint_files import (
     CheckpointFiles,
     check_folder,
+    claim,
     clear_unfinished,
     explaining,
     replacing,
@@ -274,6 +276,17 @@ def test_a_small_disk_and_one_that_is_read_only(recipe, tmp_path):
 
 
 # Refused writes
+
+
+def test_two_trainings_do_not_write_in_one_folder(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint_files, "PATIENCE", 0.3)
+    held = claim(tmp_path / "checkpoints")
+    flags = ["--checkpoint.dirpath", str(tmp_path / "checkpoints"), "--trainer.logger", "false"]
+    fit = ["fit", "--config", str(recipe), *flags, "--trainer.default_root_dir", str(tmp_path)]
+    assert main(fit) == 2
+    assert f"Another training writes its checkpoints in {tmp_path / 'checkpoints'}" in one_line(capsys)
+    os.close(held)
+    assert main(fit) == main(fit) == 0  # and the first leaves it to the second
 
 
 def test_a_folder_that_takes_no_files_is_said_before_the_work(tmp_path, monkeypatch):
