@@ -156,12 +156,10 @@ class BestAndLast(ModelCheckpoint):
         self._saved_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See that checkpoints can be written, by this run alone, and clear away what a killed one has left there."""
+        """See that checkpoints can be written, and clear away what a killed run has left beside them."""
         super().setup(trainer, pl_module, stage)
-        writes = stage == TrainerFn.FITTING and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
-        if writes and "://" not in str(self.dirpath):
+        if stage == TrainerFn.FITTING and self._writes(trainer):
             check_folder(Path(str(self.dirpath)))
-            self._claim = claim(Path(str(self.dirpath)))
             clear_unfinished(Path(str(self.dirpath)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -174,14 +172,21 @@ class BestAndLast(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._leave()
 
+    def _writes(self, trainer: Trainer) -> bool:
+        """Tell whether this process writes files of this machine."""
+        is_trial = bool(getattr(trainer, "fast_dev_run", False))
+        return trainer.is_global_zero and not is_trial and "://" not in str(self.dirpath)
+
     def _leave(self) -> None:
         if self._claim is not None:
             os.close(self._claim)
             self._claim = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure the time."""
+        """Keep the folder for this run, and begin to measure the time."""
         super().on_train_start(trainer, pl_module)
+        if self._writes(trainer):
+            self._claim = claim(Path(str(self.dirpath)))
         self._started = self._saved_at = time.monotonic()
         self._step = trainer.global_step
 

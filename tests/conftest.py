@@ -4,19 +4,11 @@ None of them is on the network, see `offline/sitecustomize.py`.
 """
 
 import os
-import runpy
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
-
-GUARD = Path(__file__).parent / "offline"
-REFUSED = Path(tempfile.mkstemp(prefix="captioner-refused-")[1])
-os.environ |= {"CAPTIONER_TESTS_REFUSED": str(REFUSED), "CAPTIONER_TESTS_SOCKETS": "none"}
-others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(GUARD)]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), *others])
-runpy.run_path(str(GUARD / "sitecustomize.py"))
+from refusals import REFUSED, take_refused
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: each of the test processes has a core, and threads that wait for each other only cost.
@@ -81,13 +73,6 @@ def pytest_runtest_teardown():
         return (yield)
     finally:
         assert not take_refused(), "a test opened a socket"
-
-
-def take_refused() -> list[str]:
-    """Return what was refused since this was last asked."""
-    lines = REFUSED.read_text().splitlines()
-    REFUSED.write_text("")
-    return lines
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def test_output_and_overlays(images, captions, best, tmp_path, capsys):
     same_name = tmp_path / "other" / images[0].name
     same_name.write_bytes(images[1].read_bytes())
     out, overlays = tmp_path / "captions.jsonl", tmp_path / "new" / "overlays"
-    flags = ["--checkpoint", str(best), "--output", str(out), "--overlay", str(overlays)]
+    flags = ["--checkpoint", str(best), "--output", str(out), "--overlay", str(overlays), "--precision", "float32"]
     assert main(["caption", str(images[0]), str(images[1]), str(same_name), *flags]) == 0
     assert capsys.readouterr().out == ""
     lines = [json.loads(line) for line in out.read_text().splitlines()]

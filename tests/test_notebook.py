@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GUARD
 from PIL import Image
+from refusals import GUARD
 
 import captioner
 

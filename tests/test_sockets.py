@@ -5,8 +5,8 @@ import subprocess
 import sys
 import urllib.request
 
-import conftest
 import pytest
+from refusals import take_refused
 
 CONNECT = "import socket; socket.create_connection(({host!r}, 9), timeout=1)"
 
@@ -14,8 +14,8 @@ CONNECT = "import socket; socket.create_connection(({host!r}, 9), timeout=1)"
 @pytest.fixture
 def refused():
     """What was refused, which is no fault in these tests."""
-    yield conftest.take_refused
-    conftest.take_refused()
+    yield take_refused
+    take_refused()
 
 
 @pytest.mark.parametrize(

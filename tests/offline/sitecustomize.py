@@ -2,7 +2,7 @@
 
 What a test may do stands in the environment: nothing but sockets of this machine's files, or, where it is marked
 `sockets`, the addresses 127.0.0.1 and ::1, too. Each refusal is written down, since the code that is tested may catch
-what is raised; `conftest.py` reads that. Sockets that are not opened by Python, as gloo's and Chromium's, are not seen.
+what is raised; `refusals.py` reads that. Sockets that are not opened by Python, as gloo's and Chromium's, are not seen.
 """
 
 import os
