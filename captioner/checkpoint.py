@@ -59,12 +59,15 @@ class Progress(NamedTuple):
         Whether a validation is still due after the last step.
     stopped : bool
         Whether early stopping has ended it.
+    settings : str
+        A digest of the configuration of its run; empty where there is none.
     """
 
     epochs: int
     steps: int
     validates: bool
     stopped: bool
+    settings: str = ""
 
 
 def pack(contents: Contents) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def _fault(contents: Contents) -> str:
         return "its words are no list of texts"
     if len(set(words)) < len(words):
         return "a word stands twice in it"
-    if not isinstance(contents.settings, dict) or not _is_plain(contents.settings):
+    if not isinstance(contents.settings, dict) or not is_plain(contents.settings):
         return "its settings are not plain ones"
     scores = contents.scores
     if not isinstance(scores, dict) or not all(
@@ -123,7 +126,7 @@ def _fault(contents: Contents) -> str:
     return next((f"{name!r} is no tensor with values" for name, value in tensors.items() if not _is_whole(value)), "")
 
 
-def _is_plain(settings: object) -> bool:
+def is_plain(settings: object) -> bool:
     """Tell whether settings are plain JSON of a size that settings have."""
     left = [(settings, 0)]
     seen = 0
@@ -199,7 +202,8 @@ def read_progress(path: Path) -> Progress:
     try:
         epochs, steps = held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], held["global_step"]
         place = held.get(PLACE, {})
-        return Progress(int(epochs), int(steps), place.get("pending") is True, place.get("stopped") is True)
+        validates, stopped, settings = place.get("pending") is True, place.get("stopped") is True, place.get("settings")
+        return Progress(int(epochs), int(steps), validates, stopped, settings if isinstance(settings, str) else "")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} does not say how far its training has come: give a last.ckpt of a run.") from error
 

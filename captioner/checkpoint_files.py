@@ -96,7 +96,7 @@ def check_folder(folder: Path) -> None:
 def claim(folder: Path) -> int | None:
     """Keep a folder for this process, until it ends or closes the descriptor that is returned.
 
-    There is none where the file system knows no locks.
+    There is none where the file system knows no locks of folders, as NFS, and on Windows.
 
     Raises
     ------

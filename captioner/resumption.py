@@ -72,6 +72,7 @@ class Resumption(Callback):
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - (1 if due else 0)
         checkpoint[PLACE] = {
             "seed": data.seed,
+            "settings": getattr(pl_module, "configuration", ""),
             "pending": pending,
             "stopped": trainer.should_stop and any(callback.stopping_reason_message for callback in _early(trainer)),
             "batches": {"of": len(data.records["train"]), "size": data.batch_size, "processes": trainer.world_size},

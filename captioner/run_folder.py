@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +15,15 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from captioner.checkpoint import Progress, read_progress
+from captioner.checkpoint import Progress, is_plain, read_progress
 from captioner.errors import InputError
 from captioner.output_files import write
+from captioner.text_files import read_data
 
 CONFIG, LAST = "config.yaml", "last.ckpt"
 NAMED = 4  # settings that differ
+# What changes nothing of a run's results: how it goes on, where its folder was found, who reads its images.
+INDIFFERENT = {"ckpt_path", "config", "trainer.default_root_dir", "data.num_workers"}
 
 
 class Run(NamedTuple):
@@ -40,8 +46,26 @@ class Run(NamedTuple):
     @property
     def time(self) -> float:
         """When it was begun or wrote a checkpoint, which is later."""
-        files = [path for path in (self.folder / CONFIG, self.checkpoint) if path.is_file()]
-        return max(path.stat().st_mtime for path in files)
+        times = [0.0]
+        for path in (self.folder / CONFIG, self.checkpoint):
+            with suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return max(times)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Tell whether its checkpoint is there, and not that of another run that wrote into the same folder.
+
+        Raises
+        ------
+        InputError
+            Where the file is no checkpoint of ours.
+        """
+        if not self.checkpoint.is_file():
+            return False
+        if self.settings.get("ckpt_path") == str(self.checkpoint):  # which it was to go on from, whosever it was
+            return True
+        return read_progress(self.checkpoint).settings in ("", digest(self.settings))
 
 
 def find_last(settings: Mapping[str, Any]) -> Run | None:
@@ -87,10 +111,10 @@ def _runs(folder: Path) -> Iterator[Run]:
     for pattern in (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}"):
         for path in folder.glob(pattern):
             try:
-                settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+                settings = yaml.safe_load(read_data(path))
             except (OSError, ValueError, RecursionError, yaml.YAMLError):  # something else's, or half of one
                 continue
-            if isinstance(settings, dict) and isinstance(settings.get("trainer"), dict):
+            if isinstance(settings, dict) and isinstance(settings.get("trainer"), dict) and is_plain(settings):
                 yield Run(path.parent, settings, _checkpoints(path.parent, settings) / LAST)
 
 
@@ -105,8 +129,8 @@ def _checkpoints(folder: Path, settings: Mapping[str, Any]) -> Path:
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that differ, other than those of going on."""
-    first, second = dict(_flat(one)), dict(_flat(other))
-    ignored = {"ckpt_path", "config"}
+    first, second = dict(flat(one)), dict(flat(other))
+    ignored = set(INDIFFERENT)
     if isinstance(second.get("seed_everything"), bool):
         ignored.add("seed_everything")
     absent = object()
@@ -114,12 +138,30 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name not in ignored and first.get(name, absent) != second.get(name, absent)]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Give nested settings by dotted names."""
     for name, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{above}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            yield f"{above}{name}", value
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return what is the same for the settings of a run, however it goes on, and another one for those of others."""
+    ignored = {*INDIFFERENT, "seed_everything"}  # the seed may have been drawn
+    kept = sorted((name, repr(value)) for name, value in flat(settings) if name not in ignored)
+    return hashlib.blake2b(repr(kept).encode(), digest_size=16).hexdigest()
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder of this name, or, where there is one, of the next that is free: -2, -3 and so on."""
+    for number in itertools.count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
+            free.mkdir(parents=True)
+            return free
+    raise AssertionError
 
 
 def finished(run: Run) -> bool:

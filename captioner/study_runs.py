@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,6 +25,7 @@ from captioner.errors import InputError
 from captioner.faithfulness import content_words, intervene, relative_entropies, texts, uniform
 from captioner.model import Captioner, by_word, describe
 from captioner.output_files import write
+from captioner.run_folder import flat
 from captioner.study import OWN, Row, Study
 from captioner.study_results import Captions, ImageId, Result, milliseconds, score
 from captioner.study_table import Report, show, write_report
@@ -114,18 +115,9 @@ def plan(study: Study, output: Path, flags: Sequence[str], command: str) -> list
 
 def given_by(flags: Sequence[str]) -> dict[str, Any]:
     """Return the settings that flags of `fit` give, by dotted names, but for the study's own; see :func:`settings`."""
-    given = {name: value for name, value in _flat(settings(flags)) if name not in OWN}
+    given = {name: value for name, value in flat(settings(flags)) if name not in OWN}
     as_read: dict[str, Any] = json.loads(json.dumps(given, default=str))  # from a result, to compare with
     return as_read
-
-
-def _flat(given: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Give nested settings by dotted names."""
-    for name, value in given.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
 
 
 def is_done(run: Run) -> bool:

@@ -171,6 +171,7 @@ class CaptioningTask(LightningModule):
         self.beam_size, self.length_penalty, self.max_words = beam_size, length_penalty, max_words
         self.compiles, self.initial_weights = compile, initial_weights
         self.model: Captioner | None = None
+        self.configuration = ""  # a digest of all settings of its training, which checkpoints keep
         self._starts = False  # built, and with no weights from anywhere yet
         self._watch = Watch()
         self.presence: WordPresence | None = None
@@ -619,7 +620,20 @@ class CaptioningTask(LightningModule):
         return f"the last checkpoint before is {path}" if path else "no checkpoint was written before"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the captioner under its own key, complete and free of code."""
+        """Put the captioner under its own key, complete and free of code.
+
+        Raises
+        ------
+        InputError
+            Where a weight is not finite: a step can be too large whose gradients are finite.
+        """
+        weights = {name: value for name, value in self.captioner.state_dict().items() if value.is_floating_point()}
+        if not torch.stack([value.isfinite().all() for value in weights.values()]).all():
+            wrong = next(name for name, value in weights.items() if not value.isfinite().all())
+            raise InputError(
+                f"The weights are not finite after step {self.trainer.global_step} ({wrong}) and were not saved; "
+                f"{self._saved}: go on with a lower model.learning_rate."
+            )
         # Its tensors are those of Lightning's state dict, and torch writes a tensor that stands twice once.
         checkpoint[KEY] = pack(self.captioner.contents(self.scores))
         if isinstance(self.objective, SelfCritical):

@@ -46,12 +46,13 @@ from captioner.errors import InputError, Interrupted
 from captioner.interruption import Interruption
 from captioner.model_card import write_card
 from captioner.report import remarks, show
-from captioner.run_folder import RunLog, find_last, finished
+from captioner.run_folder import Run, RunLog, digest, find_last, finished, make_folder
 from captioner.task import CaptioningTask
 from captioner.tokens import TOKENIZERS, Tokenizer
 from captioner.validation_pictures import ValidationPictures
 
 MONITOR = "val/CIDEr-D"
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal that was closed; Windows has none
 EARLIEST = 3  # the first epoch whose attention is warned of
 EXAMPLES = """\
 Five examples:
@@ -127,7 +128,8 @@ class BestAndLast(ModelCheckpoint):
 
     _seconds_before = 0.0  # of training, in the runs that this one goes on from
     _started: float | None = None
-    _claim: int | None = None  # what keeps the folder for this process
+    is_kept = False  # the folder, for this process
+    _claim: int | None = None  # what keeps it, if it was not kept before
 
     def __init__(
         self,
@@ -185,7 +187,7 @@ class BestAndLast(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the folder for this run, and begin to measure the time."""
         super().on_train_start(trainer, pl_module)
-        if self._writes(trainer):
+        if self._writes(trainer) and not self.is_kept:
             self._claim = claim(Path(str(self.dirpath)))
         self._started = self._saved_at = time.monotonic()
         self._step = trainer.global_step
@@ -311,52 +313,78 @@ class TrainingCLI(LightningCLI):
             if name in ("fit", "validate", "test")
         }
 
-    finished: Path | None = None  # the folder of the run that was to be gone on with, and has come to its end
+    finished: Run | None = None  # that was to be gone on with, and has come to its end
     _run_folder: Path | None = None  # the folder of the run that is gone on with
+    _digest = ""  # of the configuration
+    _claim: int | None = None  # what keeps the checkpoints' folder for this process
+    _writes = True
 
     def before_instantiate_classes(self) -> None:
         """Find the run that `--ckpt_path last` means."""
-        if self.subcommand != "fit" or self._get(self.config, "ckpt_path") != "last":
+        if self.subcommand != "fit":
             return
         settings = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        self._digest = digest(settings)
+        if self._get(self.config, "ckpt_path") != "last":
+            return
+        if not settings["checkpoint"]["save_last"]:
+            raise InputError(
+                "--ckpt_path last goes on from last.ckpt, which checkpoint.save_last false leaves out: set it to true."
+            )
         run = find_last(settings)
         self.config["fit"]["ckpt_path"] = None
-        if run is None or not run.checkpoint.is_file():
+        if run is None or not run.has_checkpoint:
             why = "There is no run yet" if run is None else f"{run.folder} was stopped before its first checkpoint"
             _say_once(f"{why}: this one begins anew.")
-        elif finished(run):
-            self.finished = run.folder
-        else:
-            _say_once(f"Going on with {run.folder}.")
-            self.config["fit"]["ckpt_path"], self._run_folder = str(run.checkpoint), run.folder
-            self.save_config_callback = None  # it is there
+            return
+        self._keep(run.checkpoint.parent)  # before its progress is read, or its log gone on with
+        with self._leaving_if_it_fails():
+            if finished(run):
+                self.finished = run
+                self._leave()
+                return
+        _say_once(f"Going on with {run.folder}.")
+        self.config["fit"]["ckpt_path"], self._run_folder = str(run.checkpoint), run.folder
+        self.save_config_callback = None  # it is there
+
+    def _keep(self, folder: Path) -> None:
+        """Keep a folder of checkpoints for this run, in the first of its processes, until :meth:`_leave`."""
+        if self._writes and _is_first():
+            self._claim = claim(folder)
+
+    def _leave(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    @contextmanager
+    def _leaving_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._leave()
+            raise
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, if there is something to do."""
         if self.finished is None:
-            super().instantiate_classes()
+            with self._leaving_if_it_fails():
+                super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard in one folder per run, unless the configuration names loggers of its own."""
         self.model.check_settings(self.subcommand)
         if resumed := self._get(self.config_init, "ckpt_path"):
             checkpoint.read(resumed)  # before anything is built: it must be there, and ours
-        if self._get(self.config_init, "trainer.logger") in (None, True):
-            where = {
-                "save_dir": self._get(self.config_init, "trainer.default_root_dir"),
-                "name": "",
-                "version": time.strftime("%Y-%m-%d_%H-%M-%S"),
-            }
-            begin = None
-            if self._run_folder is not None:
-                begin = checkpoint.read_progress(resumed)
-                where |= {"save_dir": str(self._run_folder.parent), "version": self._run_folder.name}
-            logs = [RunLog(begin, **where), TensorBoardLogger(**where)] if self.subcommand == "fit" else False
-            kwargs["logger"] = logs
         checkpoints = self._get(self.config_init, "checkpoint")
         if self.subcommand == "fit" and checkpoints.dirpath is None and resumed:
             # Where the run goes on: in a folder of its own Lightning would forget the best score reached before.
             checkpoints.dirpath = str(Path(resumed).parent)
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs["logger"] = False if self.subcommand != "fit" else self._logs(resumed, checkpoints.dirpath)
+        if self.subcommand == "fit":
+            self.model.configuration = self._digest
+            checkpoints.is_kept = self._claim is not None
         if self._get(self.config_init, "trainer.logger") is False:  # to which no rate can be logged
             callbacks = self.trainer_defaults["callbacks"]
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
@@ -364,13 +392,33 @@ class TrainingCLI(LightningCLI):
         use_checkpoint_files(trainer)
         return trainer
 
+    def _logs(self, resumed: str | None, checkpoints: str | None) -> list[RunLog | TensorBoardLogger]:
+        """Return the logs of a run, in a folder of its own that is made here, or in that which is gone on with."""
+        root = Path(self._get(self.config_init, "trainer.default_root_dir"))
+        writes = _is_first() and not self._get(self.config_init, "trainer.fast_dev_run")
+        folder = self._run_folder
+        progress = None if folder is None or resumed is None else checkpoint.read_progress(Path(resumed))
+        if folder is None:
+            folder = root / time.strftime("%Y-%m-%d_%H-%M-%S")
+            if writes:
+                check_folder(root)
+                with explaining(root):
+                    folder = make_folder(folder)
+                    if checkpoints is None:
+                        self._keep(folder / "checkpoints")
+        where: dict[str, Any] = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
+        # Of what was logged after the checkpoint, and will be again, TensorBoard shows the last.
+        purge = None if progress is None else progress.steps
+        return [RunLog(progress, **where), TensorBoardLogger(**where, purge_step=purge)]
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; where several processes do and one fails, that one says why and the others end with it, silently."""
         if self.finished is not None:
             return
         try:
-            with _faults_of_restoring(), explaining(self.trainer.default_root_dir):
+            with self._leaving_if_it_fails(), _faults_of_restoring(), explaining(self.trainer.default_root_dir):
                 super()._run_subcommand(subcommand)
+            self._leave()
         except SystemExit as end:
             # What Lightning makes of Ctrl-C, which reaches all processes.
             if isinstance(end.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
@@ -518,8 +566,11 @@ def train(args: Sequence[str]) -> TrainingCLI:
     """
     if list(args[:1]) == ["fit"]:
         cli = _fit(args)
-        if cli.finished is not None:
-            _say_once(f"{cli.finished} has come to its end: there is nothing to go on with.")
+        if (run := cli.finished) is not None:
+            _say_once(
+                f"{run.folder} has come to its end: there is nothing to go on with. To train it longer: --ckpt_path "
+                f"{run.checkpoint} and a larger trainer.max_epochs."
+            )
             return cli
     else:
         cli = _run(TrainingCLI, args, None)  # a test has no run of its own to keep a configuration in
@@ -547,11 +598,16 @@ def _fit(args: Sequence[str]) -> TrainingCLI:
     kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (arg, before)]
     kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
     interruption = Interruption(shlex.join(["captioner", *kept, "--ckpt_path", "last"]))
-    interruption.listen(signal.SIGTERM, signal.SIGINT)
+    interruption.listen(signal.SIGTERM, signal.SIGINT, HANGUP)
     try:
         return _run(TrainingCLI, args, SaveConfiguration, [interruption])  # beside the checkpoints
     finally:
         interruption.stop_listening()
+
+
+def _is_first() -> bool:
+    """Tell whether this is the first process of a run, before the trainer knows."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @rank_zero_only
@@ -644,6 +700,8 @@ class _SettingsCLI(TrainingCLI):
 
 
 class _CacheCLI(TrainingCLI):
+    _writes = False
+
     def before_fit(self) -> None:
         """See that there is something to build."""
         if self.datamodule.cache is None:

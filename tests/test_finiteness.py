@@ -147,3 +147,19 @@ def test_self_critical_training_stops_too(fit, best, monkeypatch):
     objective = ("--model.objective", "SelfCritical", "--model.initial_weights", str(best))
     with pytest.raises(InputError, match="The loss is nan in step 1 .*no checkpoint was written before"):
         fit(*objective)
+
+
+def test_weights_that_are_not_finite_are_not_saved(fit, tmp_path, monkeypatch, capsys):
+    plain = CaptioningTask.optimizer_step
+
+    def too_large(task, *args, **more):
+        plain(task, *args, **more)
+        if task.trainer.global_step == 1:  # before it is counted
+            with torch.no_grad():
+                next(task.parameters()).mul_(float("inf"))
+
+    monkeypatch.setattr(CaptioningTask, "optimizer_step", too_large)
+    with pytest.raises(InputError, match=r"weights are not finite after step 2 .*the last checkpoint before is"):
+        fit("--checkpoint.every_n_train_steps", "1", folder=tmp_path)
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 1

@@ -90,7 +90,10 @@ def test_a_signal_ends_it_saved_and_the_same_command_goes_on(
     assert captured.err == "" and captured.out.startswith(f"Going on with {path.parents[1]}.\n")
     assert_ends_the_same(tmp_path, undisturbed)
     assert main(command) == 0
-    assert capsys.readouterr().out == f"{path.parents[1]} has come to its end: there is nothing to go on with.\n"
+    assert capsys.readouterr().out == (
+        f"{path.parents[1]} has come to its end: there is nothing to go on with. To train it longer: --ckpt_path {path} "
+        "and a larger trainer.max_epochs.\n"
+    )
     assert_ends_the_same(tmp_path, undisturbed)
 
 
