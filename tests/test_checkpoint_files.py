@@ -135,7 +135,7 @@ def names(folder):
 @pytest.mark.parametrize(
     ("disk", "kills"),
     [
-        ("same", 10),
+        ("same", 4),
         pytest.param("same", 100, marks=pytest.mark.slow),
         pytest.param("memory", 100, marks=pytest.mark.slow),
     ],

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import captioner
+import captioner.checkpoint_files as checkpoint_files
+from captioner.checkpoint_files import claim
 from captioner.cli import main
 from captioner.task import CaptioningTask
+from captioner.training import BestAndLast
 
 FLAGS = ["--trainer.max_epochs", "3", "--model.attention_health", "false", "--model.dropout", "0.3"]
 
@@ -91,8 +94,8 @@ def test_a_signal_ends_it_saved_and_the_same_command_goes_on(
     assert_ends_the_same(tmp_path, undisturbed)
     assert main(command) == 0
     assert capsys.readouterr().out == (
-        f"{path.parents[1]} has come to its end: there is nothing to go on with. To train it longer: --ckpt_path {path} "
-        "and a larger trainer.max_epochs.\n"
+        f"{path.parents[1]} has come to its end: there is nothing to go on with. To train it longer: --ckpt_path "
+        f"{path} and a larger trainer.max_epochs.\n"
     )
     assert_ends_the_same(tmp_path, undisturbed)
 
@@ -221,3 +224,37 @@ def test_a_run_that_is_killed_at_random_steps_ends_as_one_that_is_not(command, u
     assert found["global_step"] == 9
     assert all(torch.equal(value, found["state_dict"][name]) for name, value in wanted["state_dict"].items())
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_a_second_training_touches_nothing_of_the_first(command, tmp_path, monkeypatch, capsys):
+    send(monkeypatch, signal.SIGTERM, "training_step", lambda task: task.trainer.current_epoch == 1)
+    assert main(command) == 143
+    _, path = saved(tmp_path)
+    with open(path.parents[1] / "metrics.csv", "a") as log:  # what the first one logs after its last checkpoint
+        log.write("1,,,,7\n")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(checkpoint_files, "PATIENCE", 0.3)
+    held = claim(path.parent)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "Another training writes its checkpoints in" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    os.close(held)
+    assert main(command) == 0
+
+
+def test_the_checkpoint_of_another_run_is_not_gone_on_with(command, tmp_path, monkeypatch, capsys):
+    shared = ["--trainer.logger", "false", "--data.num_workers", "0"]
+    other = [*command, *shared, "--model.dropout", "0.2"]
+    assert main([*command, *shared]) == 0
+    capsys.readouterr()
+    send(monkeypatch, signal.SIGTERM, "training_step")
+    monkeypatch.setattr(BestAndLast, "save_now", lambda *_: None)  # as if it were killed
+    assert main(other[: other.index("--ckpt_path")] + other[other.index("last") + 1 :]) == 143
+    assert main(other) == 0
+    assert "was stopped before its first checkpoint: this one begins anew" in capsys.readouterr().out
+
+
+def test_without_a_last_checkpoint_there_is_none_to_go_on_from(command, capsys):
+    assert main([*command, "--checkpoint.save_last", "false"]) == 2
+    assert "set it to true" in capsys.readouterr().err
