@@ -19,8 +19,8 @@ from captioner.errors import InputError
 
 LARGEST = 4_000_000_000  # bytes of a text file, all of which are in memory at once; COCO's largest has a fortieth
 # What a spreadsheet takes for a formula, by OWASP's list, with the apostrophes that were put before it.
-FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
-QUOTED_FORMULA = re.compile(r"'+[=+\-@\t\r\n]")
+FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+QUOTED_FORMULA = re.compile(r"'+[=+\-@\t\r\n＝＋－＠]")
 
 
 class Fault(InputError):

@@ -868,7 +868,7 @@ def test_images(name, canary, tmp_path, monkeypatch, bounded):
 
 # What is written
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://example.org")', "'=1", "''+1"]
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://example.org")', "'=1", "''+1", "＝1"]
 TEXTS = ["a dog", "'a dog'", "''", "a = b", "1 - 1", "", "'", "don't"]
 
 
