@@ -635,6 +635,7 @@ def test_the_same_weights_from_another_file_are_found_and_listed_by_name(fit, tm
     assert all("weights a.pt" in CacheFolder(path).read().encoder for path in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_training_image_is_left_out_and_a_second_run_knows(fit, scenes, tmp_path, capsys):
     root = shutil.copytree(scenes, tmp_path / "scenes")
     (root / "train" / "000003.png").write_bytes(b"")

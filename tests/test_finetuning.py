@@ -147,6 +147,7 @@ def test_the_encoders_matrices_decay_as_the_others(fit):
 # Where it starts from
 
 
+@pytest.mark.slow
 def test_before_any_step_it_says_what_the_weights_said_that_it_starts_from(fit, first, last, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(ResNet, "load_weights", lambda self: loaded.append(self))

@@ -71,7 +71,7 @@ def assert_ends_the_same(folder, undisturbed):
     [
         pytest.param(signal.SIGTERM, "training_step", 1, 4, marks=pytest.mark.slow),
         (signal.SIGINT, "training_step", 0, 1),
-        (signal.SIGTERM, "validation_step", 1, 6),
+        pytest.param(signal.SIGTERM, "validation_step", 1, 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_it_saved_and_the_same_command_goes_on(
@@ -122,6 +122,7 @@ def test_a_run_with_other_settings_is_named(command, tmp_path, monkeypatch, caps
     assert said.endswith(f"--ckpt_path {path}.\n") and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_moves_with_its_folder(command, fit, tmp_path, monkeypatch):
     send(monkeypatch, signal.SIGTERM, "training_step", lambda task: task.trainer.current_epoch == 2)
     assert main(command) == 143
@@ -243,6 +244,7 @@ def test_a_second_training_touches_nothing_of_the_first(command, tmp_path, monke
     assert main(command) == 0
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_run_is_not_gone_on_with(command, tmp_path, monkeypatch, capsys):
     shared = ["--trainer.logger", "false", "--data.num_workers", "0"]
     other = [*command, *shared, "--model.dropout", "0.2"]

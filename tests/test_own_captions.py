@@ -30,6 +30,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_images_to_captions(photos, monkeypatch, capsys):
     monkeypatch.chdir(photos.parent)
     recipe = str(ROOT / "configs" / "own.yaml")

@@ -88,9 +88,8 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["validated in mid-epoch", *(pytest.param(name, marks=pytest.mark.slow) for name in list(SETTINGS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SETTINGS))
 def test_a_run_goes_on_from_any_step_as_if_nothing_had_been(name, fit, monkeypatch, tmp_path):
     flags = SETTINGS[name]
     if name == "self-critical":

@@ -243,6 +243,7 @@ def test_flags_that_cannot_be_used_are_one_line(flags, said, recipe, tmp_path, c
 SMALL = ("--model.bridge.dim", "24", "--model.decoder.hidden_dim", "24", "--model.embedding_dim", "40")
 
 
+@pytest.mark.slow
 def test_every_row_of_ours_builds_its_captioner():
     study = Study.read(OURS)
     vocabulary = Vocabulary(["a", "dog", "runs"])

@@ -290,6 +290,7 @@ def losses(losses_of):
     return found
 
 
+@pytest.mark.slow
 def test_the_losses_on_cached_annotations_are_those_on_images(losses, losses_of, tmp_path):
     assert losses_of("--data.cache", str(tmp_path)) == pytest.approx(losses, rel=1e-3)  # kept in float16
 
