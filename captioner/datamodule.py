@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,11 +24,12 @@ from captioner.cache_folder import say
 from captioner.errors import InputError, in_one_line
 from captioner.images import Preprocessing, random_box, read_image
 from captioner.order import Draw, Order, mix
-from captioner.region_files import count_regions, find_regions, pad_regions, read_regions
+from captioner.region_files import check_dim, count_regions, find_regions, pad_regions, read_regions
 from captioner.scenes import Scene, read_scenes
 from captioner.tokens import Tokenizer, TokenizerChoice, choose_tokenizer, mirror, mirror_text, tokenize
 from captioner.vocabulary import BYTES, BytePairs, Characters, Units, Vocabulary, WordBeginnings, pad
 
+Read = TypeVar("Read")
 UNTOLD = "the task tells the preprocessing before it asks for images"
 
 
@@ -135,16 +139,19 @@ class CaptionedImages(Dataset[Batch]):
     def _batch(self, draw: Draw) -> Batch:
         images = annotations = None
         known = len(self.damaged)  # which only grows, by what is found here
-        if self.cache is None and self.region_dim is None and self.kept is None:
-            draw, images = self._read(draw)
+        if self.cache is None and self.kept is None:
+            if self.region_dim is None:
+                draw, pixels = self._read(draw, self.pixels)
+                images = torch.stack(pixels)
+            else:
+                draw, regions = self._read(draw, self.regions)
+                annotations = pad_regions(regions)
         elif known:
             draw = self._left(draw)
         indices = draw.indices
         mirrored = None if self.mirrored_captions is None else torch.tensor([seed % 2 == 1 for seed in draw.seeds])
         if self.cache is not None:
             annotations = self._rows(self.cache, indices, mirrored)
-        elif self.region_dim is not None:
-            annotations = pad_regions([read_regions(self.records[index].path, self.region_dim) for index in indices])
         elif self.kept is not None:
             images = self.kept[indices]
         if images is not None and mirrored is not None:
@@ -167,22 +174,22 @@ class CaptionedImages(Dataset[Batch]):
             left = [(others[0], draw.seeds[0])]
         return Draw(*map(list, zip(*left, strict=True)))
 
-    def _read(self, draw: Draw) -> tuple[Draw, Tensor]:
-        """Return which of some images can be read, and their pixels."""
+    def _read(self, draw: Draw, read: Callable[[int, int], Read]) -> tuple[Draw, list[Read]]:
+        """Return which of some images can be read, and what was read of them."""
         while True:
-            read = [
-                (index, seed, pixels)
+            found = [
+                (index, seed, one)
                 for index, seed in zip(*self._left(draw), strict=True)
-                if (pixels := self.pixels_if_readable(index, seed)) is not None
+                if (one := self.if_readable(index, partial(read, index, seed))) is not None
             ]
-            if read:
-                indices, seeds, images = map(list, zip(*read, strict=True))
-                return Draw(indices, seeds), torch.stack(images)
+            if found:
+                indices, seeds, images = map(list, zip(*found, strict=True))
+                return Draw(indices, seeds), images
 
-    def pixels_if_readable(self, index: int, seed: int | None = None) -> Tensor | None:
-        """Return an image as `pixels` does, or note why there is none, if such are left out."""
+    def if_readable(self, index: int, read: Callable[[], Read]) -> Read | None:
+        """Return what is read of an image, or note why there is nothing, if such images are left out."""
         try:
-            return self.pixels(index, seed)
+            return read()
         except InputError as error:
             if not self.leave_out_damaged:
                 raise
@@ -232,6 +239,15 @@ class CaptionedImages(Dataset[Batch]):
             return self.preprocessing.pixels(image)
         box = random_box(image.width, image.height, self.crop, mix("crop", seed))
         return self.preprocessing.pixels(image, box)
+
+    def regions(self, index: int, seed: int = 0) -> NDArray[np.float32]:
+        """Return an image's regions, (N, D); of them nothing is drawn."""
+        assert self.region_dim is not None
+        return read_regions(self.records[index].path, self.region_dim)
+
+    def pixels_if_readable(self, index: int) -> Tensor | None:
+        """Return an image as `pixels` does, or note why there is none, if such are left out."""
+        return self.if_readable(index, partial(self.pixels, index))
 
     def _read_all(self) -> Tensor:
         size = self.preprocessing.size
@@ -353,7 +369,8 @@ class CaptionData(LightningDataModule):
         from 3:4 to 4:3 of which the preprocessing makes a square; for an encoder that learns. 1 means none.
 
     max_damaged : float
-        Share of the training images that may be damaged: each such image is named and left out, and more stop the run.
+        Share of the training images that may be damaged, or of their files of regions: each such image is named and
+        left out, and more stop the run.
         One in another split stops it in any case, since scores over fewer images do not compare.
 
     Raises
@@ -582,17 +599,31 @@ class CaptionData(LightningDataModule):
     def region_batches(self, name: str, first: int = 0) -> Iterator[Annotations]:
         """Give the regions of the images of "train", "val" or "test" in order, all filled up to the same number.
 
+        A damaged training image that is left out has one region of zeros.
+
         Parameters
         ----------
         name, first
             As for :meth:`images`.
+
+        Raises
+        ------
+        InputError
+            Where a file cannot be read, or of the training images more than `max_damaged`.
         """
-        assert self.region_dim is not None, UNTOLD
-        paths = [record.path for record in self.records[name]]
-        most = max(map(count_regions, paths))
-        for start in range(first, len(paths), self.batch_size):
-            batch = paths[start : start + self.batch_size]
-            yield pad_regions([read_regions(path, self.region_dim) for path in batch], most)
+        assert self.preprocessing is not None and self.region_dim is not None, UNTOLD
+        records, dim = self.records[name], self.region_dim
+        check_dim([record.path for record in records], dim)
+        dataset = CaptionedImages(records, self.preprocessing, region_dim=dim, leave_out_damaged=self._leaves_out(name))
+        rows = range(len(records))
+        most = max(dataset.if_readable(row, partial(count_regions, records[row].path, dim)) or 1 for row in rows)
+        for start in range(first, len(records), self.batch_size):
+            batch = [
+                dataset.if_readable(row, partial(dataset.regions, row)) for row in rows[start : start + self.batch_size]
+            ]
+            self.leave_out(dataset.damaged)
+            nothing = np.zeros((1, dim), np.float32)
+            yield pad_regions([nothing if regions is None else regions for regions in batch], most)
 
     def go_on(self, seed: int, epoch: int, position: int) -> None:
         """Begin training with an epoch's batch of this position, in the order and with the draws of a run's seed."""
@@ -644,6 +675,9 @@ class CaptionData(LightningDataModule):
                 mirrored_words = self._encode(self.words, mirrored=True) if apart else None
                 mirrored_cache = self.mirrored_cache
             cache, mirrored_cache = self._near(cache, mirrored_cache)
+        region_dim = None if self.regions is None else self.region_dim
+        if region_dim is not None and cache is None:
+            check_dim([record.path for record in self.records[name]], region_dim)
         self._datasets[name] = CaptionedImages(
             self.records[name],
             self.preprocessing,
@@ -656,7 +690,7 @@ class CaptionData(LightningDataModule):
             mirrored_words=mirrored_words,
             mirrored_cache=mirrored_cache,
             crop=self.crop if name == "train" else 1.0,
-            region_dim=None if self.regions is None else self.region_dim,
+            region_dim=region_dim,
             leave_out_damaged=self._leaves_out(name),
         )
         if found := self._datasets[name].damaged:

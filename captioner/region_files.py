@@ -110,16 +110,38 @@ def _check_form(shape: tuple[int, ...], dtype: np.dtype[Any], dim: int, name: st
         raise InputError(f"{name} holds values of the type {dtype}: give floating-point numbers.")
 
 
-def count_regions(path: Path) -> int:
-    """Return the first number of a file's shape, N; only its header is read.
+def count_regions(path: Path, dim: int) -> int:
+    """Return how many regions a file holds, N; only its header is read.
 
     Raises
     ------
     InputError
-        If the file is missing or damaged.
+        If the file is missing or damaged, or holds anything but N >= 1 vectors of `dim` floating-point numbers.
     """
-    with _opened(path) as (_, shape, _):
-        return shape[0] if shape else 0
+    with _opened(path) as (_, shape, dtype):
+        _check_form(shape, dtype, dim, str(path))
+        return shape[0]
+
+
+def check_dim(paths: Sequence[Path], dim: int) -> None:
+    """See that the first of some files that can be read holds vectors of `dim` values.
+
+    Where it does not, hardly any of them will: that is a wrong setting, and no damaged file.
+
+    Raises
+    ------
+    InputError
+        If it does not.
+    """
+    for path in paths:
+        try:
+            with _opened(path) as (_, shape, dtype):
+                pass
+        except InputError:
+            continue
+        if shape != (0, dim):  # an image in which a detector found nothing
+            _check_form(shape, dtype, dim, str(path))
+        return
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -191,14 +192,14 @@ def test_damaged_files_and_missing_ones_are_told(tmp_path):
     file, packed = tmp_path / "a.npy", tmp_path / "b.npz"
     np.save(file, np.ones((3, D), np.float32))
     np.savez(packed, one=np.ones((3, D)), two=np.ones((3, D)))
-    assert count_regions(file) == 3
-    for read in (count_regions, lambda path: read_regions(path, D)):
+    assert count_regions(file, D) == 3
+    for read in (lambda path: count_regions(path, D), lambda path: read_regions(path, D)):
         with pytest.raises(InputError, match=r"holds 2 arrays \(one, two\): save one, or call the regions 'features'"):
             read(packed)
         with pytest.raises(InputError, match="cannot be read"):
             read(tmp_path / "c.npy")
     np.savez(packed, ones=np.ones((4, D)))
-    assert count_regions(packed) == 4 == len(read_regions(packed, D))
+    assert count_regions(packed, D) == 4 == len(read_regions(packed, D))
     for path in (file, packed):
         path.write_bytes(path.read_bytes()[:-50])
         with pytest.raises(InputError, match=f"{path.name} is no .npy or .npz file"):
@@ -212,6 +213,37 @@ def test_damaged_files_and_missing_ones_are_told(tmp_path):
     assert [record.path for record in find_regions(tmp_path, records)] == [tmp_path / "9.npy", tmp_path / "sub/c.npz"]
     with pytest.raises(InputError, match=r"data\.regions does not exist"):
         find_regions(tmp_path / "nowhere", records)
+
+
+@pytest.fixture
+def spoilt(dataset, tmp_path):
+    """A copy of the dataset in which training images 4 and 9 have no regions that can be used."""
+    root = tmp_path / "spoilt"
+    shutil.copytree(dataset / "regions", root / "regions")
+    shutil.copy(dataset / "captions.csv", root)
+    (root / "tiny.yaml").write_text(TINY.format(root=root, runs=root / "runs"))
+    np.save(root / "regions" / "4.npy", np.zeros((0, D), np.float32))  # in which a detector found nothing
+    (root / "regions" / "9.npz").write_bytes((root / "regions" / "9.npz").read_bytes()[:-50])
+    return root
+
+
+@pytest.mark.parametrize("flags", [[], ["--data.cache", "cache"], ["--data.num_workers", "1"]])
+def test_damaged_regions_of_training_images_are_named_counted_and_left_out(flags, spoilt, capsys, monkeypatch):
+    monkeypatch.chdir(spoilt)
+    brief = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "1", *flags]
+    cli = train([*brief, "--data.max_damaged", "0.1"])
+    assert sorted(cli.datamodule.damaged) == [4, 9]
+    said = capsys.readouterr().out
+    assert said.count("Left out, ") == 2 and "2 of 24 training images so far" in said
+    assert "4.npy holds 0 x 6 and not N x 6 values" in said and "9.npz is no .npy or .npz file" in said
+    with pytest.raises(InputError, match=r"2 of 24 training images .* data.max_damaged 0.05 allows: .*4\.npy.*9\.npz"):
+        train([*brief, "--data.max_damaged", "0.05"])
+
+
+def test_scores_are_never_over_fewer_regions(spoilt, best):
+    np.save(spoilt / "regions" / "31.npy", np.full((2, D), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"31\.npy holds values that are not finite"):
+        train(["test", "--config", str(spoilt / "tiny.yaml"), "--ckpt_path", str(best), "--data.max_damaged", "0.5"])
 
 
 @pytest.mark.parametrize(
