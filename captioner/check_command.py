@@ -19,11 +19,12 @@ from rich.table import Table
 
 from captioner import annotation_files
 from captioner.dataset_check import Examination, Finding, examine
-from captioner.errors import in_one_line
+from captioner.errors import InputError, in_one_line
 from captioner.output_files import check_writable, write
 from captioner.tokens import TOKENIZERS
 
-FORMATS = ("Flickr8k", "Flickr30k", "Karpathy", "COCOCaptions", "CaptionTable", "ImageFolder")
+SPLITLESS = ("Flickr30k", "COCOCaptions", "CaptionTable", "ImageFolder")  # that may come without splits
+FORMATS = ("Flickr8k", "Karpathy", *SPLITLESS)
 PLACES = 3  # of each kind that the table shows
 EPILOG = (
     "Errors stop training or falsify scores; remarks are what is odd. The exit code is 0 where there is no error, 1 "
@@ -51,6 +52,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="captions that each image should have (default: as most have, where nine in ten have as many)",
     )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("auto", *TOKENIZERS),
+        default="auto",
+        help="what cuts captions into words, as data.tokenizer (default: by the script of the training captions)",
+    )
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="where no split comes with the dataset, as data.files.shares (default 0.8 0.1 0.1)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of that split, as data.files.seed (default 0)")
     parser.add_argument(
         "--workers",
         type=_number_or_none,
@@ -82,9 +97,10 @@ def run(options: argparse.Namespace) -> int:
         check_writable(options.json)
     with _bar() as progress:
         examination = examine(
-            _opened(options.dataset, options.format),
+            _opened(options),
             minimum_count=options.minimum_count,
             references=options.references,
+            tokenizer=options.tokenizer,
             workers=options.workers,
             progress=progress,
         )
@@ -96,11 +112,15 @@ def run(options: argparse.Namespace) -> int:
     return 1 if examination.errors or (options.strict and examination.findings) else 0
 
 
-def _opened(path: Path, name: str | None) -> annotation_files.CaptionFiles:
+def _opened(options: argparse.Namespace) -> annotation_files.CaptionFiles:
+    path, name = options.dataset, options.format
+    split = {key: value for key in ("shares", "seed") if (value := getattr(options, key)) is not None}
     if name is None:
-        return annotation_files.AnyFormat(path)
+        return annotation_files.AnyFormat(path, **split)
+    if split and name not in SPLITLESS:
+        raise InputError(f"A dataset of the format {name} has splits of its own: leave out --{' and --'.join(split)}.")
     reader: Callable[..., annotation_files.CaptionFiles] = getattr(annotation_files, name)
-    return reader(path.parent, path.name) if path.is_file() else reader(path)
+    return reader(path.parent, path.name, **split) if path.is_file() else reader(path, **split)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from captioner.errors import InputError, in_one_line
 from captioner.image_stream import ImageFacts, examine_images
 from captioner.images import find_images
 from captioner.text_files import Fault
-from captioner.tokens import Tokenizer, choose_tokenizer, tokenize
+from captioner.tokens import Tokenizer, TokenizerChoice, choose_tokenizer, tokenize
 
 # What neither stops training nor falsifies scores; every other kind of finding is an error.
 REMARKS = (
@@ -150,6 +150,7 @@ def examine(
     *,
     minimum_count: int = 5,
     references: int | None = None,
+    tokenizer: TokenizerChoice = "auto",
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examination:
@@ -163,6 +164,8 @@ def examine(
         A word that the training captions hold less often is unknown.
     references
         An image with fewer captions has too few. By default as many as most images have, if nine in ten have as many.
+    tokenizer
+        What cuts captions into words; "auto" chooses as training would.
     workers
         Processes that read images, see `read_images`.
     progress
@@ -203,10 +206,10 @@ def examine(
         *_of_copies(splits, facts),
         *_of_folders(files, read, by_path),
     ]
-    # As training would choose it.
-    tokenizer = choose_tokenizer(caption for record in splits.get(_train(splits), []) for caption in record.captions)
+    taught = (caption for record in splits.get(_train(splits), []) for caption in record.captions)
+    chosen = choose_tokenizer(taught, tokenizer)
     tokens = {
-        name: [[tokenize(caption, tokenizer) for caption in record.captions] for record in records]
+        name: [[tokenize(caption, chosen) for caption in record.captions] for record in records]
         for name, records in splits.items()
     }
     counts = Counter(word for image in tokens.get(_train(splits), []) for caption in image for word in caption)
@@ -220,7 +223,7 @@ def examine(
         {name: _figures(images) for name, images in tokens.items()},
         _coverage(counts, tokens),
         sorted(findings, key=lambda one: (not one.is_error, one.kind, str(one.file or ""), one.line or 0)),
-        tokenizer,
+        chosen,
     )
 
 

@@ -1,10 +1,12 @@
 """The command `captioner check`: its table, its file, its exit codes."""
 
 import json
+import shutil
 
 import pytest
 from seeded_faults import SEEDS, draw, table
 
+from captioner.annotation_files import AnyFormat
 from captioner.cli import main
 
 CHOSEN = ("a truncated image", "bytes that are no UTF-8", "a small image", "a doubled caption")
@@ -58,6 +60,27 @@ def test_remarks_exit_with_1_if_they_are_asked_to(clean, capsys):
     assert check(clean, "--references", 6, "--strict") == 1
 
 
+def test_words_and_split_are_those_that_training_is_given(clean, tmp_path, capsys):
+    """A table whose column of splits is gone, and whose captions the two tokenizers cut otherwise."""
+    root = tmp_path / "data"
+    shutil.copytree(clean / "images", root / "images")
+    lines = [line.rpartition(",")[0] for line in (clean / "captions.csv").read_text().splitlines()]
+    (root / "captions.csv").write_text("\n".join(f"{line} don't" if k else line for k, line in enumerate(lines)))
+    flags = ["--shares", 0.5, 0.25, 0.25, "--seed", 3]
+
+    def examined(*flags):
+        check(root, "--json", tmp_path / "found.json", *flags)
+        return json.loads((tmp_path / "found.json").read_text())
+
+    found, named, others = examined(*flags), examined("--format", "CaptionTable", *flags), examined("--seed", 4)
+    files = AnyFormat(root, (0.5, 0.25, 0.25), 3)
+    images = {split: len(files.read(split)) for split in ("train", "val", "test")}
+    assert {name: split["images"] for name, split in found["splits"].items()} == images
+    assert named["splits"] == found["splits"] != others["splits"]
+    assert found["tokenizer"] == "ptb" and examined("--tokenizer", "unicode")["tokenizer"] == "unicode"
+    assert "Annex 29" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -65,6 +88,8 @@ def test_remarks_exit_with_1_if_they_are_asked_to(clean, capsys):
         (["--format", "COCOCaptions", "--json", "none/found.json"], "cannot be written"),
         (["--workers", "-1"], "not a whole number"),
         (["--format", "Flickr9k"], "invalid choice"),
+        (["--format", "Flickr8k", "--seed", "1"], "the format Flickr8k has splits of its own: leave out --seed"),
+        (["--format", "ImageFolder", "--shares", "1", "1", "1"], "which together make 1"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_exits_with_2(flags, said, tmp_path, capsys):
