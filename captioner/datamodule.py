@@ -621,7 +621,8 @@ class CaptionData(LightningDataModule):
             batch = [
                 dataset.if_readable(row, partial(dataset.regions, row)) for row in rows[start : start + self.batch_size]
             ]
-            self.leave_out(dataset.damaged)
+            if dataset.damaged:
+                self.leave_out(dataset.damaged)
             nothing = np.zeros((1, dim), np.float32)
             yield pad_regions([nothing if regions is None else regions for regions in batch], most)
 
