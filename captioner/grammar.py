@@ -354,7 +354,7 @@ class _Korean(Grammar):
                 problems.append(f"word {start + 1}, '{word}', is unknown, or part of no phrase")
             start += 1
         last = items[-1] if items else None
-        ends = last in self.endings if isinstance(last, str) else roles.get(last, "") in ("bare", "is")  # type: ignore[arg-type]
+        ends = roles[last] in ("bare", "is") if isinstance(last, Mention) else last in self.endings
         if items and not ends:
             problems.append(f"the caption breaks off after '{words[-1]}'")
         links, dangling = self._links(items, roles)
